@@ -1,0 +1,67 @@
+# Needs python3 (3.10 or later) and make; everything else goes into .venv.
+PYTHON ?= python3
+PY := .venv/bin/python
+NB ?= .
+
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+export PIP_NO_INPUT := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Small tensors: a pool of threads costs more than it gives.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
+
+.PHONY: help demo test docs bench readme execute export clean
+
+help:
+	@echo 'make demo [DATA=folder]          prune a small model and show what came of it'
+	@echo 'make test                        everything: sync checks, documentation, notebooks, pytest'
+	@echo 'make docs                        the documentation site, in _docs/html'
+	@echo 'make bench                       side-by-side benchmarks'
+	@echo 'make execute [NB=x.ipynb FLAGS=slow]  run the notebooks, keep their outputs, refresh README.md'
+	@echo 'make export | readme | clean     modules from notebooks | README.md from index.ipynb | remove build output'
+
+demo: .venv/.stamp-core
+	$(PY) tools/demo.py $(if $(DATA),--data "$(DATA)")
+
+test: docs
+	$(PY) -m pytest -q
+
+docs: .venv/.stamp-dev
+	$(PY) -m tools.docs_site
+
+bench: .venv/.stamp-bench
+	$(PY) benchmarks/run.py
+
+readme: .venv/.stamp-dev
+	$(PY) -m tools.readme
+
+export: .venv/.stamp-dev
+	$(PY) .venv/bin/nbdev-export
+	$(PY) .venv/bin/nbdev-clean
+	$(PY) .venv/bin/nbdev-clean --fname index.ipynb
+
+execute: export
+	$(PY) .venv/bin/nbdev-test "$(NB)" --save --n-workers 1 $(if $(FLAGS),--flags "$(FLAGS)")
+	$(PY) .venv/bin/nbdev-clean
+	$(PY) .venv/bin/nbdev-clean --fname index.ipynb
+	$(PY) -m tools.readme
+
+clean:
+	rm -rf _docs build dist demo_output .pytest_cache .hypothesis jupyter_execute
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.stamp-core: settings.ini setup.py pyproject.toml | .venv/bin/python
+	$(PY) -m pip install --quiet -e .
+	touch $@
+
+.venv/.stamp-dev: .venv/.stamp-core
+	$(PY) -m pip install --quiet -e '.[dev]'
+	touch $@
+
+.venv/.stamp-bench: .venv/.stamp-core
+	$(PY) -m pip install --quiet -e '.[bench]'
+	touch $@
