@@ -114,7 +114,6 @@ def layers_of(
     granularity: 'str | Tile | dict' = 'weight', # What a unit is
     layer_type: 'type | tuple | None' = None, # Types of layers; None for all that have known weights
     exclude: 'str | tuple' = (), # Names or globs of layers to leave out
-    frozen: bool = True, # Include weights that do not require a gradient?
 ) -> dict: # Layer name to list of `Units`, in the order of `model.named_modules()`
     "The prunable layers of `model` and their units"
     if not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -127,18 +126,15 @@ def layers_of(
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     for pattern in exclude:
         if not any(fnmatchcase(n, pattern) for n in found): raise ValueError(f"exclude {pattern!r} matches no layer; {suggest(pattern, list(found))}")
-    layers, seen, cold = {}, set(), []
+    layers, seen = {}, set()
     for name, module in found.items():
         if any(fnmatchcase(name, p) for p in exclude): continue
         units = [u for u in units_of(module, granularity, name) if not any(id(s.param) in seen for s in u.shares)]
         for u in units: seen.update(id(s.param) for s in u.shares + u.followers)
-        if not frozen:
-            cold += [u.layer for u in units if not any(s.param.requires_grad for s in u.shares)]
-            units = [u for u in units if any(s.param.requires_grad for s in u.shares)]
         if units: layers[name] = units
     if not layers:
         have = sorted({type(m).__name__ for m in model.modules() if Granularities.kind(m)})
         wanted = ' or '.join(t.__name__ for t in types) if layer_type is not None else 'prunable'
-        why = 'all are frozen (pass frozen=True to prune them)' if cold else 'all are excluded' if found else f"the model has: {', '.join(have) or 'no prunable layer'}"
+        why = 'all are excluded' if found else f"the model has: {', '.join(have) or 'no prunable layer'}"
         raise ValueError(f"no {wanted} layer to prune in {type(model).__name__}: {why}")
     return layers

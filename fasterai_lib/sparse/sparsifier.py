@@ -48,7 +48,10 @@ class Sparsifier:
         min_kept: int = None, # Units that each layer keeps; by default 1, unless 100 % is asked
         max_sparsity: float = 100., # Percent of units that a layer loses at most
     ):
-        self.layers = layers_of(model, granularity, layer_type, exclude, frozen)
+        found = layers_of(model, granularity, layer_type, exclude)
+        self.names = list(found) # all, frozen or not: what a list of sparsities counts
+        warm = {n: [u for u in us if frozen or any(s.param.requires_grad for s in u.shares)] for n, us in found.items()}
+        self.layers = {n: us for n, us in warm.items() if us}
         self.model, self.granularity, self.context, self.criteria = model, granularity, as_context(context), as_criteria(criteria)
         self.layer_type, self.exclude, self.frozen = layer_type, exclude, frozen
         self.min_kept, self.max_sparsity = _whole(min_kept, 'min_kept', 0), as_percent(max_sparsity, 'max_sparsity')
@@ -69,19 +72,20 @@ class Sparsifier:
         sparsity: 'float | list | dict' # One percentage, a list with one per layer, or a dict by layer name or glob
     ) -> dict: # Layer name to percent
         "What is asked of each layer"
-        names = list(self.layers)
+        names = self.names
         if isinstance(sparsity, dict):
             if self.context.name == 'global': raise ValueError("a dict of sparsities needs context='local': in 'global' all layers share one sparsity")
             for key in sparsity:
                 if not any(fnmatchcase(n, str(key)) for n in names): raise ValueError(f"sparsity: no layer matches {key!r}; {suggest(key, names)}")
             values = {k: as_percent(v, f'sparsity of {k!r}') for k, v in sparsity.items()}
-            return {n: values[n] if n in values else next(v for k, v in values.items() if fnmatchcase(n, str(k)))
-                    for n in names if any(fnmatchcase(n, str(k)) for k in values)}
+            asked = {n: values[n] if n in values else next(v for k, v in values.items() if fnmatchcase(n, str(k)))
+                     for n in names if any(fnmatchcase(n, str(k)) for k in values)}
         if isinstance(sparsity, (list, tuple)):
             if self.context.name == 'global': raise ValueError("a list of sparsities needs context='local': in 'global' all layers share one sparsity")
             if len(sparsity) != len(names): raise ValueError(f"sparsity: got {len(sparsity)} values for {len(names)} layers: {', '.join(names)}")
-            return {n: as_percent(v, f'sparsity of {n!r}') for n, v in zip(names, sparsity)}
-        return dict.fromkeys(names, as_percent(sparsity))
+            asked = {n: as_percent(v, f'sparsity of {n!r}') for n, v in zip(names, sparsity)}
+        if not isinstance(sparsity, (dict, list, tuple)): asked = dict.fromkeys(names, as_percent(sparsity))
+        return {n: s for n, s in asked.items() if n in self.layers}
 
     def check(self, targets: dict, round_to: int = None):
         "Raise where `targets` cannot be final for this context"
@@ -112,6 +116,7 @@ class Sparsifier:
     ) -> Masks:
         "The masks for `sparsity`; neither the model nor this object is changed"
         targets = self.targets(sparsity)
+        if not targets: raise ValueError(f"nothing to sparsify: the layers {', '.join(self.names)} are all frozen; pass frozen=True to prune frozen layers")
         self.check(targets, round_to)
         return self.decide(targets, round_to)
 
