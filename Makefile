@@ -6,10 +6,12 @@ NB ?= .
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Small tensors: a pool of threads costs more than it gives.
-export OMP_NUM_THREADS ?= 1
-export MKL_NUM_THREADS ?= 1
-export OPENBLAS_NUM_THREADS ?= 1
+# Importing fastai makes torch warn, with a path of this machine, which would end up in the outputs of notebooks.
+export PYTHONWARNINGS ?= ignore::FutureWarning:torch.jit._script
+# One thread: for small tensors a pool costs more than it gives, and outputs do not depend on the number of cores.
+test execute: export OMP_NUM_THREADS ?= 1
+test execute: export MKL_NUM_THREADS ?= 1
+test execute: export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: help demo test docs bench readme execute export clean
 
@@ -22,9 +24,10 @@ help:
 	@echo 'make export | readme | clean     modules from notebooks | README.md from index.ipynb | remove build output'
 
 demo: .venv/.stamp-core
-	$(PY) tools/demo.py $(if $(DATA),--data "$(DATA)")
+	PYTHONWARNINGS=ignore::FutureWarning $(PY) tools/demo.py $(if $(DATA),--data "$(DATA)")
 
-test: docs
+test: .venv/.stamp-dev  # pytest builds the site that it looks at
+	rm -rf _docs
 	$(PY) -m pytest -q
 
 docs: .venv/.stamp-dev

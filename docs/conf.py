@@ -19,9 +19,11 @@ extensions = ['myst_nb', 'sphinx_copybutton']
 
 myst_enable_extensions = ['alert', 'amsmath', 'colon_fence', 'deflist', 'dollarmath']
 myst_heading_anchors = 4
+myst_dmath_double_inline = True
 nb_execution_mode = 'off'  # the outputs are those in the notebooks
 nb_ipywidgets_js = {}      # by default from a CDN
 nb_merge_streams = True
+nb_render_markdown_format = 'myst'  # tables and formulas in outputs
 
 add_module_names = False
 python_display_short_literal_types = True

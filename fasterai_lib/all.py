@@ -17,3 +17,5 @@ from .show.granularities import *
 from .show.report import SparsityReport
 from .sparse.sparsifier import Sparsifier
 from .sparse.sparsify_callback import MaskCallback, SparsifyCallback
+
+__all__ = [n for n in globals() if not n.startswith('_')]

@@ -1,4 +1,4 @@
-"""The built site, as a browser shows it. `make docs` builds it; where it is absent it is built here."""
+"""The built site, as a browser shows it. Where `make docs` has not built it, it is built here."""
 import json
 
 import pytest
@@ -12,7 +12,7 @@ needs_browser = pytest.mark.skipif(site_check.BROWSER is None, reason='no Chromi
 
 @pytest.fixture(scope='session')
 def html():
-    if not (docs_site.HTML/'index.html').exists(): assert docs_site.build() == 0
+    if not (docs_site.HTML/'index.html').exists(): assert docs_site.build() == 0, 'Sphinx says why in the captured stderr'
     return docs_site.HTML
 
 
@@ -51,7 +51,9 @@ faults = {
     '<script src="https://example.org/x.js"></script>': 'from another site',
     '<link rel="stylesheet" href="//example.org/x.css">': 'from another site',
     '<p>where $x^2$ is</p>': 'unrendered formula',
+    '<p>where $$<math><mi>x</mi></math>$$ is</p>': 'unrendered formula',
     r'<p>where \(x\) is</p>': 'unrendered formula',
+    r'<p>where <math><mi>arg\,min</mi></math> is</p>': 'unrendered formula',
     '<p>so **bold**</p>': 'unrendered emphasis',
     '<p>see [this](that.md)</p>': 'unrendered link',
     '<p>::: {.callout}</p>': 'unrendered directive',

@@ -35,10 +35,10 @@ def test_modules_and_notebooks_are_in_sync():
 
 @pytest.fixture
 def copy(tmp_path):
-    "A copy of what the tools read"
-    hidden = shutil.ignore_patterns('.*', '__pycache__')
-    for folder in ['nbs', 'fasterai_lib', 'docs']: shutil.copytree(ROOT/folder, tmp_path/folder, ignore=hidden)
-    for file in ['index.ipynb', 'README.md', 'pyproject.toml']: shutil.copy(ROOT/file, tmp_path/file)
+    "A tree in which everything agrees"
+    sync.regenerate(ROOT, tmp_path)
+    readme.write(tmp_path)
+    assert not sync.differences(tmp_path) and not readme.stale(tmp_path)
     return tmp_path
 
 
@@ -60,7 +60,7 @@ def test_sync_finds_what_differs(copy):
 
 
 def test_readme_check_finds_what_differs(copy):
-    (copy/readme.IMAGES).mkdir(exist_ok=True)
+    (copy/readme.IMAGES).mkdir(parents=True, exist_ok=True)
     (copy/readme.IMAGES/'readme_old.png').touch()
     (copy/'README.md').write_text((copy/'README.md').read_text() + '\n')
     assert readme.stale(copy) == ['README.md', f'{readme.IMAGES}/readme_old.png']

@@ -17,10 +17,10 @@ class ParamTable(DocmentTbl):
     "fastcore's table of parameters, with names, types and defaults as code"
     @property
     def params_str(self):
-        "All but a `*args` or `**kwargs` of which nothing is said"
+        "All but a `*args` or `**kwargs` of which nothing is said; two backticks: a name here is no link"
         var = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
         said = [name for name in self.params if self.dm[name].kind not in var or self.dm[name].docment is not empty]
-        return '\n'.join(self._row(f'`{name}`', self.dm[name]) for name in said)
+        return '\n'.join(self._row(f'`` {name} ``', self.dm[name]) for name in said)
 
     @property
     def return_str(self): return self._row('**Returns**', self.dm['return'])
@@ -48,7 +48,7 @@ def _signature(obj):
     if not (doc := _docments(DocmentText, obj, docstring=False)): return ''
     returns = doc.dm.get('return', {}).get('anno', empty)
     arrow = '' if returns is empty or inspect.isclass(obj) else f' -> {_code(returns)[1:-1] or None}'
-    params = ', '.join(re.sub(r' at 0x[0-9a-f]+', '', text.replace('\n', ' ')) for text, _ in doc.params)
+    params = ', '.join(re.sub(r'<[^<>]*>', '...', text.replace('\n', ' ')) for text, _ in doc.params)  # `<lambda>`
     return f'({params}){arrow}'
 
 
@@ -82,3 +82,10 @@ def render(name, obj, module, prose, documented=()):
     kind = 'class' if inspect.isclass(obj) else 'method' if '.' in name else 'function'
     members = [render(f'{name}.{n}', m, module, prose) for n, m in _methods(obj, documented)] if kind == 'class' else []
     return _directive(kind, name + _signature(obj), module, doc, prose(str(_docments(ParamTable, obj) or '')), *members)
+
+
+def variables(names, module, prose, comments):
+    "The documentation of exported variables: those with a comment one by one, the others in one block"
+    plain = [name for name in names if not comments.get(name)]
+    block = '```{eval-rst}\n.. py:data:: ' + '\n             '.join(plain) + f'\n   :module: {module}\n   :no-contents-entry:\n```'
+    return '\n\n'.join([block]*bool(plain) + [_directive('data', n, module, prose(comments[n])) for n in names if comments.get(n)])

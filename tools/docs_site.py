@@ -1,4 +1,5 @@
 """The documentation site: `python -m tools.docs_site` prepares the notebooks in _docs/src and builds _docs/html."""
+import ast
 import os
 import re
 import shutil
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 
 import yaml
@@ -16,7 +18,7 @@ from tools import apidoc
 from tools.notebooks import ROOT, Processors, link_symbols, notebooks
 
 SOURCE, HTML = ROOT/'_docs/src', ROOT/'_docs/html'
-PAGES = ['CHANGELOG.md', 'CONTRIBUTING.md', 'benchmarks/README.md']  # shown beside the notebooks, where they exist
+PAGES = ['CHANGELOG.md', 'CONTRIBUTING.md', 'benchmarks/RESULTS.md']  # shown beside the notebooks, where they exist
 TAGS = {('echo', 'false'): 'remove-input', ('output', 'false'): 'remove-output', ('include', 'false'): 'remove-cell',
         ('warning', 'false'): 'remove-stderr', ('code-fold', ''): 'hide-input', ('code-fold', 'show'): 'hide-input'}
 
@@ -54,22 +56,35 @@ def tag(cell):
 
 
 class Symbols(Processor):
-    "Replaces each `show_doc` cell by what it documents; `found` collects name and object"
+    "Replaces each `show_doc` cell by what it documents, and adds exported variables; `found_` collects name and summary"
     call = re.compile(r'^show_doc\((\S+?)[,)]', re.MULTILINE)
 
     def begin(self):
         exp = next((c.directives_['default_exp'] for c in self.nb.cells if 'default_exp' in c.directives_), None)
         self.module = exp and import_module(f'fasterai_lib.{exp}')
-        shown = [self.call.search(c.source) for c in self.nb.cells if c.cell_type == 'code']
-        self.names, self.nb.found_ = {m[1] for m in shown if m}, []
         self.prose = partial(prose, page=Path(self.nb.path_).relative_to(ROOT))
+        self.nb.found_ = []
+        self.nb.cells = [c for auto, run in groupby(self.nb.cells, lambda c: bool(c.get('has_sd')))
+                         for c in (reversed(list(run)) if auto else run)]  # nbdev adds them last one first
+        self.names = {m[1] for c in self.nb.cells if c.cell_type == 'code' and (m := self.call.search(c.source))}
 
     def cell(self, cell):
-        m = self.call.search(cell.source) if cell.cell_type == 'code' else None
-        if not m: return
-        obj = eval(m[1], vars(self.module))
-        cell.cell_type, cell.source = 'markdown', apidoc.render(m[1], obj, self.module.__name__, self.prose, self.names)
-        self.nb.found_.append((m[1], apidoc.summary(obj)))
+        if cell.cell_type != 'code': return
+        if m := self.call.search(cell.source):
+            obj = eval(m[1], vars(self.module))
+            cell.cell_type, cell.source = 'markdown', apidoc.render(m[1], obj, self.module.__name__, self.prose, self.names)
+            self.nb.found_.append((m[1], apidoc.summary(obj)))
+        elif 'export' in cell.directives_ and (comments := self.variables(cell)):
+            cell.cell_type, cell.directives_ = 'markdown', {}
+            cell.source = apidoc.variables(list(comments), self.module.__name__, self.prose, comments)
+            self.nb.found_ += comments.items()
+
+    def variables(self, cell):
+        "The exported variables that `cell` assigns, and the comment at the end of the line"
+        stored = [n.id for node in cell.parsed_() or [] if isinstance(node, (ast.Assign, ast.AnnAssign)) for n in ast.walk(node)
+                  if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id in self.module.__all__ and n.id not in self.names]
+        comment = {name: re.search(rf'^{name}\b.*?[^\s#]\s+# *(.+)$', cell.source, re.MULTILINE) for name in stored}
+        return {name: m[1].strip() if m else '' for name, m in comment.items()}
 
 
 def prepare(path):
@@ -125,7 +140,9 @@ def build():
             (SOURCE/page).parent.mkdir(exist_ok=True)
             (SOURCE/page).write_text(prose((ROOT/page).read_text(), Path(page)))
     command = [sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-c', ROOT/'docs', '-d', ROOT/'_docs/doctrees', SOURCE, HTML]
-    return subprocess.run([str(c) for c in command], cwd=ROOT).returncode
+    status = subprocess.run([str(c) for c in command], cwd=ROOT).returncode
+    if status: shutil.rmtree(HTML, ignore_errors=True)  # so that nobody takes it for a good one
+    return status
 
 
 if __name__ == '__main__': sys.exit(build())

@@ -1,4 +1,5 @@
 """What README.md, the site and the sync check share: where the notebooks are, and nbdev's processors."""
+import ast
 import re
 import sys
 from pathlib import Path
@@ -26,10 +27,11 @@ def symbols():
     except ImportError: return {}
     found = {}
     for mod, syms in d['syms'].items():
-        for full, (page, _) in syms.items():
-            name = full.removeprefix(f'{mod}.')
+        page = next(iter(syms.values()))[0].partition('#')[0]
+        exported = re.search(r'^__all__ = (\[.*?\])', (ROOT/f'{mod.replace(".", "/")}.py').read_text(encoding='utf-8'), re.M | re.S)
+        for name in [full.removeprefix(f'{mod}.') for full in syms] + (ast.literal_eval(exported[1]) if exported else []):
             if not name.startswith('_') and '._' not in name:
-                found.setdefault(name, (full, 'nbs/' + page.partition('#')[0].replace('.html', '.ipynb')))
+                found.setdefault(name, (f'{mod}.{name}', f'nbs/{page.replace(".html", ".ipynb")}'))
     return found
 
 
@@ -51,8 +53,8 @@ class Processors(FilterDefaults):
     def __init__(self, *extra, show_docs=None): self.extra, self.show_docs = extra, show_docs
 
     def base_procs(self):
-        procs = [p for p in super().base_procs() if p not in self.skip]
-        return [self.show_docs if p is exec_show_docs else p for p in procs if p is not exec_show_docs or self.show_docs] + list(self.extra)
+        procs = [p for p in super().base_procs() if p not in self.skip] + list(self.extra)
+        return [self.show_docs or p if p is exec_show_docs else p for p in procs]
 
     def nb_proc(self, nb): return NBProcessor(nb=nb, procs=self.procs(), rm_directives=True)
 

@@ -28,7 +28,7 @@ onload = () => setTimeout(() => {{
   document.body.replaceChildren(Object.assign(document.createElement('pre'), {{textContent: seen}}))
 }}, 3000)</script>'''
 _unrendered = {
-    'formula': r'\$[^$\n]+\$|\$\$|\\[(\[]|\\(?:frac|sum|text|left|le|rho)\b',
+    'formula': r'\$|\\[(\[a-zA-Z]',
     'emphasis': r'\*\*',
     'link': r'\[[^\]\n]+\]\([^)\n]*\)',
     'directive or role': r':::|\{[a-z]+(?::[a-z]+)?\}|\[!(?:NOTE|TIP|IMPORTANT|WARNING|CAUTION)\]',
@@ -101,6 +101,8 @@ class Site:
         for url in self.pages[path].broken_images: yield f'img {url[:80]}: the browser cannot show it'
         if len(soup.find_all('h1')) != 1 and path.name != 'search.html': yield f'{len(soup.find_all("h1"))} main headings'
         if soup.select('.system-message, .problematic'): yield 'an error of Sphinx in the page'
+        for math in soup.find_all('math'):
+            if '\\' in math.get_text(): yield f'unrendered formula: {" ".join(math.get_text().split())}'
         body = BeautifulSoup(str(soup.select_one('article, [role=main], main') or soup.body), 'html.parser')
         for tag in body.select('script, style, pre, code, math, svg, dt.sig'): tag.decompose()
         for what, pattern in _unrendered.items():

@@ -47,34 +47,35 @@ class Scored:
         "Scores of some units"
         if not self.lazy: return self.all()[at]
         s = self.units.shares[0]
-        return self.criteria.elementwise(s.param.detach().view(-1)[at], self.refs[s.name].view(-1)[at] if self.criteria.needs_reference else None)
+        take = lambda x: x.view(-1)[at] if isinstance(at, slice) else x.view(-1).index_select(0, at)
+        return self.criteria.elementwise(take(s.param.detach()), take(self.refs[s.name]) if self.criteria.needs_reference else None)
 
     def complain(self):
         bad = [s.name for s in self.units.shares if not torch.isfinite(s.param).all()]
         raise ValueError(f"{bad[0]}: the weights hold NaN or infinity" if bad else f"{self.units.layer}: {self.criteria} gives a score that is NaN or infinite")
 
 # %% ../../nbs/core/allocation.ipynb #1cdb4a1a
-_piece, _sample = 1 << 17, 1 << 14
+_piece = 1 << 17 # scores looked at together: they stay in the processor's cache
 _golden = (5**.5 - 1)/2
 
-def _bracket(items, cands, need, rng): # two scores between which the need-th smallest candidate almost surely lies
-    total, picked = sum(it.n for it in items), []
-    if total <= 4*_sample: return -np.inf, np.inf
+def _bracket(items, cands, need): # two scores between which the need-th smallest candidate almost surely lies
+    total, picked, rng = sum(it.n for it in items), [], np.random.default_rng(0)
+    size = min(total//64, 1 << 16)
+    if size < 1 << 10: return -np.inf, np.inf
     for it, c in zip(items, cands):
-        at = rng.integers(0, it.n, max(1, _sample*it.n//total))
-        if c is not None: at = at[c[at]]
-        picked.append(it.piece(torch.from_numpy(at)).numpy())
+        at = rng.integers(0, it.n, max(1, size*it.n//total))
+        picked.append(it.piece(torch.from_numpy(at if c is None else at[c[at]])).numpy())
     s = np.sort(np.concatenate(picked))
-    n_cand = sum(it.n if c is None else int(np.count_nonzero(c)) for it, c in zip(items, cands))
-    q = need/max(n_cand, 1)
-    mid, slack = q*len(s), 5*math.sqrt(len(s)*q*(1 - q)) + 5
+    q = need/max(sum(it.n if c is None else int(np.count_nonzero(c)) for it, c in zip(items, cands)), 1)
+    mid, slack = q*len(s), 4*math.sqrt(len(s)*q*(1 - q)) + 4
     lo, hi = int(mid - slack), int(mid + slack) + 1
     return (s[lo] if lo >= 0 else -np.inf), (s[hi] if hi < len(s) else np.inf)
 
-def _scan(items, cands, lo, hi, stay): # keeps without the candidates below lo; those in [lo, hi]; how many were below
-    keeps, values, places, below, offset = [], [], [], 0, 0
+def _scan(items, cands, lo, hi): # per item: keeps, without the candidates below lo; values and places in [lo, hi]; how many were below
+    keeps, values, places, below = [], [], [], 0
     for it, c in zip(items, cands):
         keep = np.empty(it.n, bool)
+        vs, ps = [np.empty(0, np.float32)], [np.empty(0, int)]
         for a in range(0, it.n, _piece):
             s, k = it.piece(slice(a, a + _piece)).numpy(), keep[a:a+_piece]
             if not math.isfinite(s.sum()) and not np.isfinite(s).all(): it.complain()
@@ -83,11 +84,10 @@ def _scan(items, cands, lo, hi, stay): # keeps without the candidates below lo; 
             between = np.less_equal(s, hi)
             between &= k
             at = np.flatnonzero(between)
-            values.append(s[at]); places.append(at + (a + offset))
+            vs.append(s[at]); ps.append(at + a)
             below += (len(k) if c is None else int(np.count_nonzero(c[a:a+_piece]))) - int(np.count_nonzero(k))
-        if stay: keep |= ~c # the candidates are the dead: the living stay
-        keeps.append(keep); offset += it.n
-    return keeps, np.concatenate(values), np.concatenate(places), below
+        keeps.append(keep); values.append(np.concatenate(vs)); places.append(np.concatenate(ps))
+    return keeps, values, places, below
 
 def _select_cpu(items, k): # remove exactly k units, all of one size
     alive = [None if it.alive is None else it.alive.numpy() for it in items]
@@ -96,22 +96,19 @@ def _select_cpu(items, k): # remove exactly k units, all of one size
     falling = k < dead
     cands = [~a if a is not None else np.zeros(it.n, bool) for it, a in zip(items, alive)] if falling else alive
     need = k if falling else k - dead
-    lo, hi = _bracket(items, cands, need, np.random.default_rng(0))
-    keeps, values, places, below = _scan(items, cands, lo, hi, falling)
-    while not 0 <= need - below <= len(values): # the sample misled: look on the side where the threshold must be
+    lo, hi = _bracket(items, cands, need)
+    keeps, values, places, below = _scan(items, cands, lo, hi)
+    while not 0 <= need - below <= sum(map(len, values)): # the sample misled: look on the side where the threshold must be
         lo, hi = (-np.inf, lo) if need < below else (hi, np.inf)
-        keeps, values, places, below = _scan(items, cands, lo, hi, falling)
-    lost = need - below
-    if lost:
-        limit = np.partition(values, lost - 1)[lost - 1]
-        tied = np.flatnonzero(values == limit)
-        if falling: tied = tied[np.argsort(places[tied]*_golden % 1, kind='stable')]
-        under = values < limit
-        gone = places[np.concatenate([np.flatnonzero(under), tied[:lost - np.count_nonzero(under)]])]
-        offset = 0
-        for keep in keeps:
-            keep[gone[(gone >= offset) & (gone < offset + len(keep))] - offset] = False
-            offset += len(keep)
+        keeps, values, places, below = _scan(items, cands, lo, hi)
+    if need > below:
+        v, lost = np.concatenate(values), need - below
+        limit = np.partition(v, lost - 1)[lost - 1]
+        gone, tied = v < limit, np.flatnonzero(v == limit)
+        if falling: tied = tied[np.argsort(tied*_golden % 1, kind='stable')] # let back the others, evenly spread
+        gone[tied[:lost - np.count_nonzero(gone)]] = True
+        for keep, p, g in zip(keeps, places, np.split(gone, np.cumsum([len(p) for p in places])[:-1])): keep[p[g]] = False
+    if falling: keeps = [k | a if a is not None else np.ones_like(k) for k, a in zip(keeps, alive)]
     return [torch.from_numpy(k) for k in keeps]
 
 # %% ../../nbs/core/allocation.ipynb #72999ecc

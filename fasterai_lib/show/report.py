@@ -86,7 +86,8 @@ class SparsityReport:
         ax = ax or plt.subplots(figsize=(max(4, .35*len(self.df) + 2), 3.2), layout='constrained')[1]
         ax.bar(self.df['layer'], self.df['sparsity'], color='#0072b2')
         ax.axhline(self.sparsity, color='#d55e00', ls='--', label=f'all layers: {self.sparsity:.1f} %')
-        ax.set(ylabel='zero weights (%)', ylim=(0, 108)); ax.legend(loc='lower right'); ax.margins(x=.02)
+        ax.set(xlabel='layer', ylabel='zero weights (%)', ylim=(0, 105)); ax.margins(x=.02)
+        ax.legend(loc='lower center', bbox_to_anchor=(.5, 1), frameon=False)
         ax.tick_params(axis='x', rotation=90 if len(self.df) > 6 else 0)
         return ax
 
