@@ -66,13 +66,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--quick', action='store_true', help='resnet18 only, five repetitions')
     parser.add_argument('--repeats', type=int, default=15)
+    parser.add_argument('--models', nargs='*', default=['resnet18', 'resnet50', 'vit_b_16'])
     parser.add_argument('--skip', nargs='*', default=[], help='contenders to leave out')
     args = parser.parse_args()
     repeats = 5 if args.quick else args.repeats
     print(f'## One-shot magnitude pruning\n\n{__doc__}\n')
     names = {name: f for name, f in contenders().items() if name not in args.skip}
     lines = []
-    for label in ['resnet18'] if args.quick else ['resnet18', 'resnet50', 'vit_b_16']:
+    for label in ['resnet18'] if args.quick else args.models:
         torch.manual_seed(0)
         model = getattr(torchvision.models, label)(weights=None)
         cases = [('Conv2d + Linear', model, DENSE_TYPES)]

@@ -131,7 +131,7 @@ class Spy(Callback):
         for p, gone in self.masked():
             assert not p.detach()[gone].any(), 'a masked weight is not zero'
             for k, v in state_of(self.learn, p).items():
-                if isinstance(v, torch.Tensor) and v.shape == p.shape: assert not v[gone].any(), f'optimizer state {k} of a masked weight'
+                if isinstance(v, torch.Tensor) and v.shape == p.shape: assert not (v.to_dense() if v.is_sparse else v)[gone].any(), f'optimizer state {k} of a masked weight'
 
     def after_batch(self):
         if self.training: self.zeros.append(zeros(*weights(self.learn.model, (nn.Conv2d, nn.Linear)).values()))
@@ -503,7 +503,7 @@ def test_validate_is_not_a_fit(make):
 
 def test_validate_in_the_middle_of_a_fit(make):
     learn, cb = make(4), sparsify(80, schedule=lin)
-    learn.fit(3, 1e-2, cbs=[cb, Do('after_epoch', lambda l: l.validate(), order=1500), spy := Spy(cb)])
+    learn.fit(3, 1e-2, cbs=[cb, Do('after_train', lambda l: l.validate(), order=1500), spy := Spy(cb)])
     assert all(exact(w, 80) for w in weights(learn.model).values()) and spy.zeros == sorted(spy.zeros)
 
 
@@ -1144,6 +1144,15 @@ def test_mask_callback_looks_when_training_begins(make):
     "Not when a model is validated before"
     learn = make(4, cbs=MaskCallback())
     assert len(learn.validate()) == 2 and learn.get_preds()[0].shape == (16, 4)
+    fl.Sparsifier(learn.model, 'weight', 'local', 'large_final').sparsify_model(70)
+    learn.fit(1, 1e-2)
+    assert all(exact(w, 70) for w in weights(learn.model).values())
+
+
+def test_mask_callback_after_lr_find(make):
+    "A search for a learning rate is not yet training either"
+    learn = make(4, cbs=MaskCallback())
+    learn.lr_find(num_it=12, show_plot=False, suggest_funcs=None)
     fl.Sparsifier(learn.model, 'weight', 'local', 'large_final').sparsify_model(70)
     learn.fit(1, 1e-2)
     assert all(exact(w, 70) for w in weights(learn.model).values())

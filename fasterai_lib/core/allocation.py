@@ -48,7 +48,7 @@ class Scored:
         if not self.lazy: return self.all()[at]
         s = self.units.shares[0]
         take = lambda x: x.view(-1)[at] if isinstance(at, slice) else x.view(-1).index_select(0, at)
-        return self.criteria.elementwise(take(s.param.detach()), take(self.refs[s.name]) if self.criteria.needs_reference else None)
+        return self.criteria.elementwise(take(s.param.detach()), take(self.refs[s.name]) if self.criteria.needs_reference else None, self.units.layer)
 
     def complain(self):
         bad = [s.name for s in self.units.shares if not torch.isfinite(s.param).all()]
@@ -129,13 +129,17 @@ def _select_sorted(items, weights, floors): # remove units of `weights` weights 
     else: allowed = sizes.sum()
     sums = torch.cat([sizes.new_zeros(1), sizes[order].cumsum(0)])
     n_gone = torch.where(sums <= allowed, (sums - weights).abs(), torch.iinfo(sums.dtype).max).argmin()
+    if alive is not None and weights > 0: # what is gone stays gone while it is too much by less than a unit
+        n_dead = (~alive).sum()
+        over = sums.gather(0, n_dead[None])[0] - weights
+        n_gone = torch.where((over > 0) & (over <= sizes.max()), torch.maximum(n_gone, n_dead), n_gone)
     keep = torch.empty_like(order, dtype=torch.bool)
     keep[order] = torch.arange(len(order), device=order.device) >= n_gone
     return list(keep.split([it.n for it in items]))
 
 def _best(it, n): # one boolean per unit: is it among the n best that are alive?
-    s = it.all() if it.alive is None else it.all().masked_fill(~it.alive, -torch.inf)
-    return torch.zeros(it.n, dtype=torch.bool, device=s.device).index_fill_(0, s.topk(min(n, it.n)).indices, True)
+    order = _order(it.all(), it.alive)
+    return torch.zeros(it.n, dtype=torch.bool, device=order.device).index_fill_(0, order[it.n - min(n, it.n):], True)
 
 # %% ../../nbs/core/allocation.ipynb #b0cec961
 def _same_size(items): return len({it.units.size for it in items}) == 1 and items[0].units.size is not None
@@ -167,6 +171,8 @@ def select(
     return [fixed[i] if i in fixed else keeps[free.index(i)] for i in range(len(items))]
 
 # %% ../../nbs/core/allocation.ipynb #7a3055aa
+_contexts = ['local', 'global', 'per_row']
+
 @dataclass(frozen=True)
 class Context:
     "Which units compete"
@@ -174,6 +180,9 @@ class Context:
     n: int = 0 # n:m: kept of each group
     m: int = 0 # n:m: neighbours in a group
     axis: str = 'i' # n:m: the axis the groups lie along
+
+    def __post_init__(self):
+        if not self.m and self.name not in _contexts: raise ValueError(f"context {self.name!r}: {suggest(self.name, [*_contexts, 'n:m (such as 2:4)'])}")
 
     @property
     def limit(self): return 100*(1 - self.n/self.m) if self.m else 100. # the sparsity that n:m means, in percent
@@ -183,6 +192,7 @@ class Context:
         for name, us in layers.items():
             for u in us:
                 rows = u.dims(*u.out)
+                if self.name == 'per_row' and u.size is None: raise ValueError(f"{name}: context 'per_row' needs units of one size; blocks of {u.grid.block} do not divide {u.grid.view}")
                 if self.name == 'per_row' and (any(u.grid.block[d] != 1 for d in rows if u.grid.view[d] > 1) or u.n <= math.prod(u.grid.shape[d] for d in rows)):
                     raise ValueError(f"{name}: context 'per_row' needs several units in each row; this granularity leaves units of {u.grid.block} in {u.grid.view}")
                 if self.m:
@@ -202,7 +212,6 @@ def as_context(c: 'str | Context') -> Context: # A name, `'2:4'`, `'2:4 o'` for 
         n, m, axis = int(m[1]), int(m[2]), m[3] or 'i'
         if not 1 <= n < m: raise ValueError(f"context {c!r}: keep n of m needs 1 <= n < m")
         return Context(c, n, m, axis)
-    if c not in ('local', 'global', 'per_row'): raise ValueError(f"context {c!r}: {suggest(c, ['local', 'global', 'per_row', 'n:m (such as 2:4)'])}")
     return Context(c)
 
 # %% ../../nbs/core/allocation.ipynb #9df43faa
@@ -217,7 +226,8 @@ def _per_row(it, sparsity, floor):
     rows = it.units.dims(*it.units.out)
     s, alive, back = _lanes(it, [d for d in range(len(it.units.grid.shape)) if d not in rows])
     n_rows, k = len(s), min(_half_up(sparsity*it.n/100), it.n - floor)
-    per_row = torch.arange(1, n_rows + 1, device=s.device)*k//n_rows - torch.arange(n_rows, device=s.device)*k//n_rows
+    turn = (torch.arange(n_rows, device=s.device, dtype=torch.float64)*_golden % 1).argsort().argsort() # fixed: no row gets fewer as k grows
+    per_row = k//n_rows + (turn < k % n_rows).long()
     order = _order(s, alive)
     gone = torch.arange(s.shape[1], device=s.device) < per_row[:, None]
     return back(torch.empty_like(gone).scatter_(1, order, ~gone))
@@ -250,13 +260,20 @@ def allocate(
     def floor(name):
         least = min_kept if min_kept is not None else int(n[name] > 1 and sparsity[name] < 100)
         return min(max(least, math.ceil(n[name]*(1 - max_sparsity/100) - 1e-9)), n[name])
+    def floors_of(name): # shared out over the weights of the layer; by default each keeps one unit
+        done, out, least = 0, [], int(min_kept is None and n[name] > 1 and sparsity[name] < 100)
+        for it in layers[name]:
+            out.append(min(max(floor(name)*(done + it.n)//n[name] - floor(name)*done//n[name], least), it.n))
+            done += it.n
+        return out
     if context.m: return {name: [_n_of_m(it, sparsity[name], context) for it in items] for name, items in layers.items()}
-    if context.name == 'per_row': return {name: [_per_row(it, sparsity[name], min(floor(name), it.n)) for it in items] for name, items in layers.items()}
+    if context.name == 'per_row': return {name: [_per_row(it, sparsity[name], f) for it, f in zip(items, floors_of(name))] for name, items in layers.items()}
     if context.name == 'global':
         items = [it for its in layers.values() for it in its]
-        floors = [min(floor(name), it.n) for name, its in layers.items() for it in its]
+        floors = [f for name in layers for f in floors_of(name)]
         asked, most = next(iter(sparsity.values())), 100 - 100*sum(f*(it.units.numel/it.n) for f, it in zip(floors, items))/_weights(items)
-        if asked > most + 1e-9 and (min_kept or max_sparsity < 100):
+        unit = 100*max(it.units.numel/it.n for it in items)/_weights(items)
+        if asked > most + unit + 1e-9 and (min_kept or max_sparsity < 100):
             raise ValueError(f"{asked:g} % of the weights cannot go: min_kept={min_kept}, max_sparsity={max_sparsity:g} leave at most {most:.2f} %")
         keeps = iter(select(items, min(asked, most), floors))
         keeps = {name: [next(keeps) for _ in its] for name, its in layers.items()}
@@ -268,11 +285,12 @@ def allocate(
     for name, items in layers.items():
         if round_to: out[name] = select(items, 0, units=n[name] - _multiple(name, n[name] - _half_up(sparsity[name]*n[name]/100), n[name], round_to, floor(name)))
         elif len(items) == 1 and _same_size(items): out[name] = select(items, 0, units=min(_half_up(sparsity[name]*n[name]/100), n[name] - floor(name)))
-        else: out[name] = select(items, sparsity[name], [min(floor(name), it.n) for it in items])
+        else: out[name] = select(items, sparsity[name], floors_of(name))
     return out
 
 def _multiple(name, kept, n, round_to, floor): # the multiple of round_to nearest to kept
     if n < round_to: raise ValueError(f"{name}: has {n} units, so what remains cannot be a multiple of round_to={round_to}")
+    if floor > n//round_to*round_to: raise ValueError(f"{name}: no multiple of round_to={round_to} between {floor} (min_kept, max_sparsity) and its {n} units")
     if kept == n: return n # nothing to remove, nothing to round
     return min(max(_half_up(kept/round_to), -(-max(floor, 1)//round_to)), n//round_to)*round_to
 

@@ -50,6 +50,8 @@ class Criteria:
         if needs_init and needs_update: raise ValueError("Criteria: needs_init and needs_update are two references; choose one")
         if (output_fn or return_init) and not (needs_init or needs_update): raise ValueError("Criteria: output_fn and return_init need a reference: needs_init=True or needs_update=True")
         self.f, self.output_fn, self.return_init, self.needs_init, self.needs_update = f, output_fn, return_init, needs_init, needs_update
+        if output_fn is not None and not callable(output_fn): raise TypeError(f"Criteria: output_fn must be a function of two tensors, got {output_fn!r}")
+        if reducer is None: raise ValueError(f"Criteria: reducer None: give a function or one of {', '.join(reducers)}")
         self.reducer, self.normalizer = _pick(reducer, reducers, 'reducer'), _pick(normalizer, normalizers, 'normalizer')
         self.name = name or getattr(f, '__name__', type(f).__name__)
 
@@ -60,11 +62,14 @@ class Criteria:
     def elementwise(self,
         w: torch.Tensor, # Weights
         ref: torch.Tensor = None, # The same weights at the reference moment
+        layer: str = 'weights', # For the error message
     ) -> torch.Tensor: # At least float32, of the same shape
         "The score of each weight"
         if w.dtype in (torch.float16, torch.bfloat16): w, ref = w.float(), None if ref is None else ref.float()
-        if self.return_init: return self.f(ref)
-        return self.output_fn(self.f(w), self.f(ref)) if self.output_fn else self.f(w)
+        if self.return_init: s = self.f(ref)
+        else: s = self.output_fn(self.f(w), self.f(ref)) if self.output_fn else self.f(w)
+        if not isinstance(s, torch.Tensor) or s.shape != w.shape: raise ValueError(f"{layer}: {self} must give one score per weight; for a tensor of shape {tuple(w.shape)} it gave {tuple(s.shape) if isinstance(s, torch.Tensor) else s!r}")
+        return s
 
     @torch.no_grad()
     def unit_scores(self,
@@ -74,15 +79,16 @@ class Criteria:
         "The score of each unit"
         def values(s): return s.param.detach().reshape(s.grid.view), (refs[s.name].reshape(s.grid.view) if self.needs_reference else None)
         if len(units.shares) > 1: # one unit across several weights
-            s = self.reducer(torch.cat([s.grid.rows(self.elementwise(*values(s))) for s in units.shares], 1), (1,), False)
-        else: s = self._reduced(units.grid, *values(units.shares[0])).flatten()
+            s = self.reducer(torch.cat([s.grid.rows(self.elementwise(*values(s), units.layer)) for s in units.shares], 1), (1,), False)
+        else: s = self._reduced(units, *values(units.shares[0])).flatten()
         return self.normalizer(s) if self.normalizer else s
 
-    def _reduced(self, grid, w, ref):
+    def _reduced(self, units, w, ref):
+        grid = units.grid
         rows = max(1, (1 << 17)*w.shape[0]//max(w.numel(), 1)) if w.device.type == 'cpu' else w.shape[0] # as many rows as the cache holds
-        if grid.block[0] != 1 or rows >= w.shape[0]: return grid.reduce(self.elementwise(w, ref), self.reducer)
+        if grid.block[0] != 1 or rows >= w.shape[0]: return grid.reduce(self.elementwise(w, ref, units.layer), self.reducer)
         part = lambda n: type(grid)(grid.axes, (n, *grid.view[1:]), grid.block)
-        return torch.cat([part(len(p)).reduce(self.elementwise(p, r), self.reducer)
+        return torch.cat([part(len(p)).reduce(self.elementwise(p, r, units.layer), self.reducer)
                           for p, r in zip(w.split(rows), ref.split(rows) if ref is not None else [None]*w.shape[0])])
 
 # %% ../../nbs/core/criteria.ipynb #5e802765

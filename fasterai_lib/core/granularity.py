@@ -138,6 +138,9 @@ class _Granularities:
         **kwargs # Fields of `LayerKind`
     ):
         "Make a type of layer prunable"
+        if not isinstance(layer_type, type) or not issubclass(layer_type, nn.Module): raise TypeError(f"layer_type must be a type of nn.Module, got {layer_type!r}")
+        if like is not None and like not in self.kinds: raise ValueError(self._unknown(like))
+        for p in [weights] if isinstance(weights, str) else weights.values() if isinstance(weights, dict) else []: parse_axes(p)
         base = vars(self.kinds[like]).copy() if like else dict(names={'weight': Tile()})
         self.kinds[layer_type] = LayerKind(**{**base, 'weights': {'weight': weights} if isinstance(weights, str) else weights, **kwargs})
 
@@ -153,9 +156,12 @@ class _Granularities:
         layer_type: type, # Registered type that gets it
     ):
         "Give a layer type a new named granularity"
-        if layer_type not in self.kinds: raise ValueError(f"{layer_type.__name__} is not registered; known: {', '.join(sorted(c.__name__ for c in self.kinds))}")
+        if layer_type not in self.kinds: raise ValueError(self._unknown(layer_type))
+        if not isinstance(tile, Tile): raise TypeError(f"granularity {name!r}: write a Tile such as Tile(i=..., h=2), got {tile!r}")
         kind = self.kinds[layer_type]
         kind.names = {**kind.names, name: tile}
+
+    def _unknown(self, t): return f"{getattr(t, '__name__', t)} is not registered; known: {', '.join(sorted(c.__name__ for c in self.kinds))}"
 
     def available(self, module # A module or a type of module
         ) -> list: # Names, finest first

@@ -7,17 +7,18 @@ __all__ = ['zero_dead_', 'Mask', 'masks_of', 'Masks']
 
 # %% ../../nbs/core/masks.ipynb #040301b4
 import json
+import os
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from .granularity import Grid, suggest
-from .units import Share, Units, layers_of
+from .units import Units, layers_of
 
 # %% ../../nbs/core/masks.ipynb #9fb54448
 _ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -76,6 +77,15 @@ def _view(x, grid): # x with factored axes, never a copy
         i = max(j, i+1)
     return x
 
+def _fits(shape, view): # is view the shape with some axes factored?
+    shape, view, i = [n for n in shape if n != 1], [n for n in view if n != 1], 0
+    for size in shape:
+        n = view[i] if i < len(view) else 0
+        i += 1
+        while 0 < n < size and i < len(view): n *= view[i]; i += 1
+        if n != size: return False
+    return i == len(view)
+
 def masks_of(units: Units, keep: torch.Tensor # One boolean per unit, flat
     ) -> dict: # Parameter name to `Mask`
     "The masks of every parameter of `units`, sharing one tensor"
@@ -110,10 +120,11 @@ class Masks:
 
     def params(self, model: nn.Module) -> dict: # Name to parameter
         "The parameters of `model` that the masks are for; an error when it is another architecture"
+        if not isinstance(model, nn.Module): raise TypeError(f"masks are for an nn.Module, got {type(model).__name__}")
         have = dict(model.named_parameters(remove_duplicate=False))
         for n, m in self.masks.items():
             if n not in have: raise ValueError(f"masks are for a parameter {n!r} that {type(model).__name__} does not have; {suggest(n, list(have))}")
-            if have[n].numel() != m.grid.numel: raise ValueError(f"{n}: the mask is for {m.grid.numel} weights, as {m.grid.view}, the parameter has shape {tuple(have[n].shape)}")
+            if not _fits(have[n].shape, m.grid.view): raise ValueError(f"{n}: the mask is for {m.grid.numel} weights, as {m.grid.view}, the parameter has shape {tuple(have[n].shape)}")
         return {n: have[n] for n in self.masks}
 
     def apply(self, model: nn.Module) -> nn.Module:
@@ -164,17 +175,17 @@ class Masks:
 
     def save(self, path):
         "Write to a safetensors file"
-        meta = {n: json.dumps(dict(axes=m.grid.axes, view=m.grid.view, block=m.grid.block, follows=m.follows)) for n, m in self.masks.items()}
+        meta = {n: json.dumps(dict(axes=m.grid.axes, view=m.grid.view, block=m.grid.block, follows=m.follows, place=i)) for i, (n, m) in enumerate(self.masks.items())}
         save_file({n: m.keep.cpu().contiguous().clone() for n, m in self.masks.items()}, str(path), metadata=meta)
 
     @classmethod
     def load(cls, path) -> 'Masks':
         "Read what `save` wrote"
-        out = {}
-        with safe_open(str(path), 'pt') as f:
-            meta = f.metadata() or {}
-            for n in f.keys():
-                if n not in meta: raise ValueError(f"{path}: not a file of masks (no description of {n!r})")
-                d = json.loads(meta[n])
-                out[n] = Mask(Grid(tuple(d['axes']), tuple(d['view']), tuple(d['block'])), f.get_tensor(n), d['follows'])
-        return cls(out)
+        if not isinstance(path, (str, os.PathLike)): raise TypeError(f"masks: a file name, got {path!r}")
+        try: file = safe_open(str(path), 'pt')
+        except SafetensorError as e: raise ValueError(f"{path}: not a file of masks ({e})") from None
+        with file as f:
+            meta = {n: json.loads(d) for n, d in (f.metadata() or {}).items() if n in f.keys()}
+            if odd := [n for n in f.keys() if n not in meta]: raise ValueError(f"{path}: not a file of masks (no description of {odd[0]!r})")
+            return cls({n: Mask(Grid(tuple(d['axes']), tuple(d['view']), tuple(d['block'])), f.get_tensor(n), d['follows'])
+                        for n, d in sorted(meta.items(), key=lambda item: item[1]['place'])})

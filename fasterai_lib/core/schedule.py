@@ -73,7 +73,9 @@ class Schedule:
         if pos <= a and pos < 1: return float(self.start_sparsity)
         x = 1. if pos >= min(b, 1.) or a == b else (pos - a)/(b - a)
         kw = {**self.kwargs, **{k: _fraction(d, n_epochs, n_steps)/(b - a or 1) for k, d in self.durations.items()}}
-        s = float(self.f(self.start_sparsity, target, x, **kw))
+        s = self.f(self.start_sparsity, target, x, **kw)
+        if isinstance(s, bool) or not hasattr(s, '__float__'): raise TypeError(f"schedule {self.name}: must give a sparsity in percent, got {s!r}")
+        s = float(s)
         if not -1e-6 <= s <= 100 + 1e-6: raise ValueError(f"schedule {self.name}: gives a sparsity of {s} % at position {x:.3f} of its way to {target} %; it must stay between 0 and 100")
         return min(max(s, 0.), 100.)
 
@@ -100,21 +102,32 @@ class Schedule:
         return ax
 
 # %% ../../nbs/core/schedule.ipynb #a14c443c
-def sched_oneshot(start, end, pos): # all at once
+def sched_oneshot(start, end, pos):
+    "All at once"
     return end
-def sched_iterative(start, end, pos, n_steps=3): # n_steps equal steps
+def sched_iterative(start, end, pos, n_steps=3):
+    "In `n_steps` equal steps"
     return start + (end - start)*math.ceil(pos*n_steps - 1e-9)/n_steps
-def sched_poly(start, end, pos, power=3): # fast, then slow; power 3 is AGP
+def sched_poly(start, end, pos, power=3):
+    "Fast, then slow; power 3 is AGP"
     return end + (start - end)*(1 - pos)**power
-def sched_lin(start, end, pos): return start + (end - start)*pos
-def sched_cos(start, end, pos): return start + (end - start)*(1 - math.cos(math.pi*pos))/2
-def sched_onecycle(start, end, pos, a=14, b=6): # slow, fast, slow, and already a little at the first step
+def sched_lin(start, end, pos):
+    "At an even pace"
+    return start + (end - start)*pos
+def sched_cos(start, end, pos):
+    "Slow, fast, slow"
+    return start + (end - start)*(1 - math.cos(math.pi*pos))/2
+def sched_onecycle(start, end, pos, a=14, b=6):
+    "Slow, fast, slow, and already a little at the first step"
     return start + (end - start)*(1 + math.exp(b - a))/(1 + math.exp(b - a*pos))
-def sched_dsd(start, end, pos): # dense, sparse, dense
+def sched_dsd(start, end, pos):
+    "Dense, sparse, dense"
     return sched_cos(start, end, 1 - abs(1 - 2*pos))
-def sched_lottery(start, end, pos, n_rounds=5): # each round removes the same share of what is left
+def sched_lottery(start, end, pos, n_rounds=5):
+    "In each round the same share of what is left"
     return 100 - (100 - start)*((100 - end)/(100 - start))**(math.ceil(pos*n_rounds - 1e-9)/n_rounds) if start < 100 else end
-def sched_gradual(start, end, pos, gamma=5., step=.1): # N2D2: gamma more at each step, until the end
+def sched_gradual(start, end, pos, gamma=5., step=.1):
+    "N2D2's: `gamma` more at each `step`, until the end"
     if start > end: raise ValueError(f"gradual: the first sparsity, {start} %, is above the target, {end} %")
     return min(end, start + gamma*max(math.ceil(pos/step - 1e-9) - 1, 0))
 
@@ -144,7 +157,7 @@ def gradual(first: float = 10., # Sparsity from the first batch, in percent
             step: str = '1 epoch' # Distance between steps: `'1 epoch'`, `'100 steps'`, or a fraction of the run
     ) -> Schedule:
     "N2D2's Gradual: `first`, then `gamma` more at each step, until the target"
-    if not gamma > 0: raise ValueError(f"gamma={gamma!r} must be positive, in percentage points")
+    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not gamma > 0: raise ValueError(f"gamma={gamma!r} must be positive, in percentage points")
     if _duration(step, 'step')[0] <= 0: raise ValueError(f"step={step!r} must be positive")
     return Schedule(sched_gradual, name='gradual', start_sparsity=first, gamma=gamma, step=step)
 

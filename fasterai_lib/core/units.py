@@ -88,6 +88,7 @@ def units_of(
     sizes, dot = kind.sizes(module), f'{name}.' if name else ''
     if hasattr(module, 'parametrizations'): raise TypeError(f"{name or type(module).__name__}: its weight is parametrized; remove the parametrization first")
     def share(path, pattern):
+        if isinstance(_get(module, path), nn.parameter.UninitializedParameter): raise ValueError(f"{dot + path}: not initialised yet; run the model once first")
         owner, attr = module.get_submodule(path.rpartition('.')[0]), path.rpartition('.')[2]
         return Share(dot + path, owner, attr, grid_of(getattr(owner, attr).shape, pattern, tile, sizes))
     patterns = kind.patterns(module)
@@ -95,18 +96,19 @@ def units_of(
     if named is None and (odd := [a for a in tile.sizes if a not in known]):
         raise ValueError(f"{name or type(module).__name__}: {tile} names axis {odd[0]!r}, which {type(module).__name__} does not have; {suggest(odd[0], sorted(known))}")
     shares = {path: share(path, p) for path, p in patterns.items()}
-    for s in shares.values():
-        if isinstance(s.param, nn.parameter.UninitializedParameter): raise ValueError(f"{s.name}: not initialised yet; run the model once first")
     followers = {w: [] for w in shares}
     for path, (w, pattern) in kind.biases.items():
+        if w not in shares and named in kind.joint: w = next(iter(shares)) # all shares are the same units
         if w in shares and _get(module, path) is not None:
             f = share(path, pattern)
             whole = all(b == v for a, v, b in zip(shares[w].grid.axes, shares[w].grid.view, shares[w].grid.block) if a not in f.grid.axes)
             if whole: followers[w].append(f)
-    out = tuple(o for ax in kind.out.split() for o in [ax] + [f for p in patterns.values() for d, fs in parse_axes(p) if d == ax for f in fs])
+    names = {w: dict(parse_axes(p)) for w, p in patterns.items()}
+    out = {w: tuple(o for ax in kind.out.split() for o in (ax, *names[w].get(ax, ()))) for w in patterns}
     if named in kind.joint: # indices of all shares are the same units
-        return [Units(name, list(shares.values()), sum(followers.values(), []), out, dict(parse_axes(next(iter(patterns.values())))))]
-    return [Units(name, [s], followers[w], out, dict(parse_axes(patterns[w]))) for w, s in shares.items()]
+        first = next(iter(shares))
+        return [Units(name, list(shares.values()), sum(followers.values(), []), out[first], names[first])]
+    return [Units(name, [s], followers[w], out[w], names[w]) for w, s in shares.items()]
 
 # %% ../../nbs/core/units.ipynb #bdab23a3
 def layers_of(
@@ -118,13 +120,15 @@ def layers_of(
     "The prunable layers of `model` and their units"
     if not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     types = tuple(Granularities.kinds) if layer_type is None else layer_type if isinstance(layer_type, tuple) else (layer_type,)
+    if not types: raise ValueError("layer_type=() names no type of layer")
     for t in types:
         if not isinstance(t, type) or not issubclass(t, nn.Module): raise TypeError(f"layer_type must be a type of nn.Module (or a tuple of them), got {t!r}")
         if not any(issubclass(t, k) or issubclass(k, t) for k in Granularities.kinds):
             raise ValueError(f"layer_type {t.__name__} has no known weights; {suggest(t.__name__, [k.__name__ for k in Granularities.kinds])}; or register it with Granularities.register")
     found = {n: m for n, m in model.named_modules() if isinstance(m, types) and Granularities.kind(m)}
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    exclude = exclude if isinstance(exclude, (tuple, list)) else (exclude,)
     for pattern in exclude:
+        if not isinstance(pattern, str): raise TypeError(f"exclude must be a name or glob of layers, or several, got {pattern!r}")
         if not any(fnmatchcase(n, pattern) for n in found): raise ValueError(f"exclude {pattern!r} matches no layer; {suggest(pattern, list(found))}")
     layers, seen = {}, set()
     for name, module in found.items():

@@ -97,6 +97,8 @@ class Sparsifier:
             if self.context.m and abs(s - self.context.limit) > 1e-6: raise ValueError(f"{n}: context {self.context.name!r} means a sparsity of {self.context.limit:g} %, got {s:g}")
             if s > self.max_sparsity and self.context.name != 'global': raise ValueError(f"{n}: sparsity {s:g} is above max_sparsity={self.max_sparsity:g}")
             if s == 100 and (self.min_kept or round_to): raise ValueError(f"{n}: 100 % leaves nothing, but {f'min_kept={self.min_kept}' if self.min_kept else f'round_to={round_to}'}")
+            left = units - int(s*units/100 + .5)
+            if self.min_kept and left < self.min_kept <= units and self.context.name != 'global': raise ValueError(f"{n}: {s:g} % leaves {left} of {units} units, fewer than min_kept={self.min_kept}")
             if self.min_kept and self.min_kept > units: raise ValueError(f"{n}: has {units} units, fewer than min_kept={self.min_kept}")
 
     def decide(self,
@@ -116,6 +118,7 @@ class Sparsifier:
     ) -> Masks:
         "The masks for `sparsity`; neither the model nor this object is changed"
         targets = self.targets(sparsity)
+        if not targets and isinstance(sparsity, dict) and not sparsity: raise ValueError(f"sparsity: the dict names no layer; the layers are {', '.join(self.names)}")
         if not targets: raise ValueError(f"nothing to sparsify: the layers {', '.join(self.names)} are all frozen; pass frozen=True to prune frozen layers")
         self.check(targets, round_to)
         return self.decide(targets, round_to)

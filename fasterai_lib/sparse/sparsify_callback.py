@@ -6,8 +6,7 @@
 __all__ = ['MaskCallback', 'SparsifyCallback']
 
 # %% ../../nbs/sparse/sparsify_callback.ipynb #af19c338
-import re
-
+import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TrackerCallback
@@ -32,7 +31,11 @@ class MaskCallback(Callback):
     def __init__(self, masks: Masks = None # What to keep; by default what is not zero when training begins
     ): self.masks = masks
 
+    def _need_learner(self):
+        if self.learn is None: raise ValueError(f"{type(self).__name__} works inside a Learner: pass it as learn.fit(..., cbs=...)")
+
     def before_fit(self):
+        self._need_learner()
         if self.masks is None: self.masks = Masks.from_model(self.learn.model)
         self._hold(self.learn.model)
 
@@ -83,7 +86,8 @@ class SparsifyCallback(MaskCallback):
         if isinstance(rewind_epoch, bool) or not isinstance(rewind_epoch, int) or rewind_epoch < 0: raise ValueError(f"rewind_epoch must be a whole number >= 0, got {rewind_epoch!r}")
         unknown = set(kwargs) - {'exclude', 'frozen', 'min_kept', 'max_sparsity'}
         if unknown: raise TypeError(f"SparsifyCallback has no argument {sorted(unknown)[0]!r}; besides those in its signature: exclude, frozen, min_kept, max_sparsity")
-        super().__init__(Masks.load(masks) if masks is not None and not isinstance(masks, Masks) else masks)
+        if model is not None and not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module that is part of the Learner's, got {type(model).__name__}")
+        super().__init__(masks if masks is None or isinstance(masks, Masks) else Masks.load(masks))
         self.sparsity, self.schedule, self.round_to, self.part = sparsity, as_schedule(schedule), round_to, model
         self.how = dict(granularity=granularity, context=context, criteria=criteria, layer_type=layer_type, **kwargs)
         self.lth, self.rewind_epoch, self.reset_end, self.save_tickets = lth, rewind_epoch, reset_end, save_tickets
@@ -95,6 +99,9 @@ class SparsifyCallback(MaskCallback):
     # --- the life of a fit
 
     def before_fit(self):
+        self._need_learner()
+        if self.part is not None and not {id(p) for p in self.part.parameters()} <= {id(p) for p in self.learn.model.parameters()}:
+            raise ValueError(f"model={type(self.part).__name__} is not a part of the Learner's model {type(self.learn.model).__name__}")
         self.searching = hasattr(self.learn, 'lr_finder')
         if self.searching: return self._hold(self.target) if self.masks else setattr(self, 'held', []) # hold, but do not move
         s, old = Sparsifier(self.target, **self.how), self.sparsifier
@@ -187,6 +194,9 @@ class SparsifyCallback(MaskCallback):
         curve = self.schedule.over(max(self.targets.values(), default=0.), self.n_epoch, self.n_epoch*self.n_train)
         moves = [t for t in range(1, len(curve)) if curve[t] != curve[t-1]]
         self.last_move = moves[-1] if moves else 0 # index of the last batch at which the sparsity changes
+        target = max(self.targets.values(), default=0.)
+        if curve[-1] < target - 1e-6 and (np.diff(curve) >= 0).all():
+            raise ValueError(f"schedule {self.schedule.name} reaches only {curve[-1]:g} % of the {target:g} % asked for in {self.n_epoch} epochs of {self.n_train} batches")
         if self.lth or self.reset_end:
             if self.rewind_epoch >= self.n_epoch: raise ValueError(f"rewind_epoch={self.rewind_epoch} is never reached in {self.n_epoch} epochs")
         if self.lth:
