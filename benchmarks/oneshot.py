@@ -76,6 +76,7 @@ def main():
     for label in ['resnet18'] if args.quick else args.models:
         torch.manual_seed(0)
         model = getattr(torchvision.models, label)(weights=None)
+        if label == 'vit_b_16': nn.init.trunc_normal_(model.heads.head.weight, std=.02)
         cases = [('Conv2d + Linear', model, DENSE_TYPES)]
         if label == 'vit_b_16': cases.append(('+ in_proj_weight', model, (*DENSE_TYPES, nn.MultiheadAttention)))
         if label == 'resnet18':
@@ -86,10 +87,11 @@ def main():
         for case, model, types in cases:
             for context in 'global', 'local':
                 for percent in 50, 90: lines += rows(label, case, model, context, percent, names, repeats, types)
-    print(f'''Random weights (seed 0), weight granularity. The same tensors for everyone: the `weight` of every Conv2d and
-Linear; fasterai cannot reach the packed `in_proj_weight` of vit's attention, so that is a case of its own, without
-fasterai. Building the sparsifier and restoring the model are not timed. One process, one thread, interleaved, at most
-{repeats} repetitions (3 for what takes over a second); medians with min-max. "half zero": every second weight is zero
+    print(f'''Random weights (seed 0; vit's head, zero as torchvision makes it, is drawn too), weight granularity. The same tensors
+for everyone: the `weight` of every Conv2d and Linear. fasterai cannot reach the packed `in_proj_weight` of vit's attention,
+so that is a case of its own, without fasterai; there, in `local`, ours ranks and rounds the two matrices of an attention
+block together. Building the sparsifier and restoring the model are not timed. One process, one thread, interleaved, at
+most {repeats} repetitions (3 for what takes over a second); medians with min-max. "half zero": every second weight is zero
 beforehand (what is already there counts, and sets the least that can be asked); "few values": three distinct magnitudes.\n''')
     print(table(HEADERS, lines))
 

@@ -17,51 +17,67 @@ from torch import nn
 from ..core.allocation import Context, _half_up
 from ..core.criteria import Criteria
 from ..core.granularity import Tile
-from ..core.masks import Masks
+from ..core.masks import Masks, zero_dead_
 from ..core.schedule import Schedule, as_schedule
 from .sparsifier import Sparsifier
 
 # %% ../../nbs/sparse/sparsify_callback.ipynb #6ed65ea1
-def _optimizer_state(opt): # parameter -> dict of its state, for fastai's optimizers and torch's
-    return getattr(opt, 'opt', opt).state if opt is not None else {}
+def _optimizer_tensors(opt): # (parameter, where, key) of all that an optimizer, fastai's or torch's, remembers per parameter
+    for p, state in getattr(opt, 'opt', opt).state.items() if opt is not None else ():
+        for k, v in state.items():
+            if isinstance(v, torch.Tensor) and v.shape == p.shape: yield p, state, k
+    for group, slow in zip(opt.param_lists, getattr(opt, 'slow_weights', None) or ()) if opt is not None else (): # Lookahead
+        for i, p in enumerate(group): yield p, slow, i
+
+def _masked(x, mask, shape): # x with zeros where the mask has them: in place, but for a sparse gradient of an embedding
+    if not x.is_sparse:
+        mask.apply(x)
+        return x
+    x = x.coalesce()
+    zero_dead_(x.values(), mask.full(shape).to(x.device)[x.indices()[0]])
+    return x
 
 class MaskCallback(Callback):
     "Keep masked weights at zero during training"
     order = Recorder.order + 5 # after the Recorder, before progress bars, trackers and loggers
     def __init__(self, masks: Masks = None # What to keep; by default what is not zero when training begins
-    ): self.masks = masks
+    ): self.masks, self.held = masks, []
 
+    @property
+    def target(self): return self.learn.model
+    @property
+    def _validating(self): return self.learn.lock.locked() # `validate` and `get_preds` run the events of a fit too
+    @property
+    def _searching(self): return hasattr(self.learn, 'lr_finder')
     def _need_learner(self):
         if self.learn is None: raise ValueError(f"{type(self).__name__} works inside a Learner: pass it as learn.fit(..., cbs=...)")
 
     def before_fit(self):
         self._need_learner()
-        if self.masks is None: self.masks = Masks.from_model(self.learn.model)
-        self._hold(self.learn.model)
+        if self._validating: return
+        masks = Masks.from_model(self.target) if self.masks is None else self.masks
+        if not self._searching: self.masks = masks
+        self._hold(masks)
 
-    def _hold(self, model): # from here on
-        self.held = [(p, self.masks.masks[n]) for n, p in self.masks.params(model).items()]
+    def _hold(self, masks): # from here on
+        self.held = [(p, masks.masks[n]) for n, p in masks.params(self.target).items()]
         self.after_step()
         self._clear_state()
 
     def _clear_state(self):
-        state = _optimizer_state(self.learn.opt)
-        for p, mask in self.held:
-            for v in state.get(p, {}).values():
-                if isinstance(v, torch.Tensor) and v.shape == p.shape: mask.apply(v)
+        masks = {id(p): m for p, m in self.held}
+        for p, where, k in list(_optimizer_tensors(self.learn.opt)):
+            if id(p) in masks: where[k] = _masked(where[k], masks[id(p)], p.shape)
 
     def after_backward(self):
         for p, mask in self.held:
-            if p.grad is None: continue
-            if p.grad.is_sparse: # rows of an embedding
-                p.grad = p.grad.coalesce()
-                p.grad.values().mul_(mask.full(p.shape).to(p.device)[p.grad.indices()[0]])
-            else: mask.apply(p.grad)
+            if p.grad is not None: p.grad = _masked(p.grad, mask, p.shape)
 
     def after_step(self):
         for p, mask in self.held: mask.apply(p.data)
 
-    def after_fit(self): self.after_step() # whatever a callback has loaded
+    def after_fit(self):
+        if not self._validating: self.after_step() # whatever a callback has loaded
 
 # %% ../../nbs/sparse/sparsify_callback.ipynb #fa34922b
 class SparsifyCallback(MaskCallback):
@@ -91,7 +107,7 @@ class SparsifyCallback(MaskCallback):
         self.sparsity, self.schedule, self.round_to, self.part = sparsity, as_schedule(schedule), round_to, model
         self.how = dict(granularity=granularity, context=context, criteria=criteria, layer_type=layer_type, **kwargs)
         self.lth, self.rewind_epoch, self.reset_end, self.save_tickets = lth, rewind_epoch, reset_end, save_tickets
-        self.sparsifier, self.saved, self.tickets, self.history = None, None, [], []
+        self.sparsifier, self.saved, self.tickets, self.history, self.columns = None, None, [], [], None
 
     @property
     def target(self): return self.part if self.part is not None else self.learn.model # the module whose layers are sparsified
@@ -100,36 +116,40 @@ class SparsifyCallback(MaskCallback):
 
     def before_fit(self):
         self._need_learner()
-        if self.part is not None and not {id(p) for p in self.part.parameters()} <= {id(p) for p in self.learn.model.parameters()}:
+        if self._validating: return
+        if not {id(p) for p in self.target.parameters()} <= {id(p) for p in self.learn.model.parameters()}:
             raise ValueError(f"model={type(self.part).__name__} is not a part of the Learner's model {type(self.learn.model).__name__}")
-        self.searching = hasattr(self.learn, 'lr_finder')
-        if self.searching: return self._hold(self.target) if self.masks else setattr(self, 'held', []) # hold, but do not move
+        if self._searching: return self._hold(self.masks or Masks()) # hold, but do not move
         s, old = Sparsifier(self.target, **self.how), self.sparsifier
         targets = s.targets(self.sparsity)
         s.check(targets, self.round_to)
         resumed = max((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), default=0)
-        if self.masks is None:
+        masks = self.masks
+        if masks is None:
             known = {k: self.how[k] for k in ('granularity', 'layer_type', 'exclude') if k in self.how}
-            self.masks = Masks.from_model(self.target, **known) if resumed else Masks() # a checkpoint's masks are its zeros
-        self.masks.params(self.target) # or an error, when they are another architecture's
-        s.masks = self.masks
+            masks = Masks.from_model(self.target, **known) if resumed else Masks() # a checkpoint's masks are its zeros
+        masks.params(self.target) # or an error, when they are another architecture's
+        s.masks = masks
         if old is not None and old.model is s.model: s.refs.update({k: v for k, v in old.refs.items() if k in s.refs})
-        self.sparsifier, self.targets = s, targets
-        self._check_schedule()
-        masked = self._masked()
-        self.floor, self.last = {} if resumed else masked, self._counts({n: masked[n] for n in targets}) # what is gone stays gone
-        self.tickets, self.history = [], []
-        self.columns = ['sparsity', 'zeros'] if 'sparsity' not in self.recorder.metric_names else [f'{c} {sum(m.startswith(c) for m in self.recorder.metric_names) + 1}' for c in ('sparsity', 'zeros')]
-        at = len(self.recorder.metric_names) - int(self.recorder.add_time)
-        self.recorder.metric_names = self.recorder.metric_names[:at] + self.columns + self.recorder.metric_names[at:]
-        self._hold(self.target)
+        self.masks, self.sparsifier, self.targets, self.saved, self.tickets, self.history = masks, s, targets, None, [], []
+        self._check_schedule(resumed)
+        self.columns = self._add_columns() if hasattr(self.learn, 'recorder') else None
+        self._hold(masks)
+
+    def _add_columns(self):
+        names = self.recorder.metric_names
+        n = sum(c.split()[0] == 'sparsity' for c in names)
+        columns = [f'{c} {n + 1}' if n else c for c in ('sparsity', 'zeros')]
+        at = len(names) - int(self.recorder.add_time)
+        self.recorder.metric_names = names[:at] + columns + names[at:]
+        return columns
 
     def before_epoch(self):
-        if (self.lth or self.reset_end) and not self.searching and self.epoch == self.rewind_epoch:
-            self.saved = {k: v.detach().clone() for k, v in self._tensors()}
+        if self._validating or self._searching: return
+        if (self.lth or self.reset_end) and self.epoch == self.rewind_epoch: self.saved = {k: v.detach().clone() for k, v in self._tensors()}
 
     def before_batch(self):
-        if not self.training or self.searching or not self.targets: return
+        if not self.training or self._searching or not self.targets: return
         done = self.epoch*self.n_iter + self.iter + 1
         asked = self._asked(done/(self.n_epoch*self.n_iter))
         self.history.append(sum(asked[n]*w for n, w in self.weights.items())/self.n_weights)
@@ -143,17 +163,17 @@ class SparsifyCallback(MaskCallback):
         if self.save_tickets: self._save_ticket()
 
     def after_validate(self):
-        if not self.searching and hasattr(self.recorder, 'log') and getattr(self, 'columns', None): self.recorder.log += [self.current, self.measured]
+        if not (self._validating or self._searching) and self.columns: self.recorder.log += [self.current, self.measured]
 
     def after_epoch(self):
-        if self.searching or not self.targets or (self.epoch + 1)*self.n_train > self.last_move: return
-        for cb in self.learn.cbs: # a model that is not yet as sparse as asked is not a best one
+        if self._validating or self._searching or self.last_move < self.epoch*self.n_train: return
+        for cb in self.learn.cbs: # a model that was not yet as sparse as asked is not the best one
             if isinstance(cb, TrackerCallback) and getattr(cb, 'best', None) is not None: cb.best = float('inf') if cb.comp(0, 1) else -float('inf')
 
     def after_fit(self):
+        if self._validating: return
         super().after_fit()
-        if self.reset_end and self.saved is not None and not self.searching: self._rewind()
-        self.columns = None
+        if self.reset_end and self.saved is not None and not self._searching: self._rewind()
 
     # --- what is asked, and what is there
 
@@ -168,7 +188,7 @@ class SparsifyCallback(MaskCallback):
     @property
     def measured(self) -> float: # in percent
         "The share of weights that are zero now, counted"
-        shares = [s for us in self.sparsifier.layers.values() for u in us for s in u.shares]
+        shares = [s for n in self.targets for u in self.sparsifier.layers[n] for s in u.shares]
         total = sum(s.grid.numel for s in shares)
         return 100*(1 - sum(int(torch.count_nonzero(s.param)) for s in shares)/total) if total else 0.
 
@@ -178,31 +198,40 @@ class SparsifyCallback(MaskCallback):
         if self._global: return dict.fromkeys(gone, 100*sum(gone.values())/max(sum(size.values()), 1))
         return {n: 100*gone[n]/size[n] for n in gone}
 
+    def _competing(self, n): # what is counted: in global all weights, else the units of layer n (its weights, where units differ in size)
+        return self.n_weights if self._global else sum(u.n if u.size else u.numel for u in self.sparsifier.layers[n])
+
     def _counts(self, asked): # how many go: nothing is decided while this stays the same
-        if self._global: return [_half_up(next(iter(asked.values()))*self.n_weights/100)] if asked else []
-        return [_half_up(s*sum(u.n if u.size else u.numel for u in self.sparsifier.layers[n])/100) for n, s in asked.items()]
+        return {_half_up(s*self.n_weights/100) for s in asked.values()} if self._global else [_half_up(s*self._competing(n)/100) for n, s in asked.items()]
 
     def _asked(self, pos): # layer name to percent
         steps = self.n_epoch*self.n_train
         of = {t: self.schedule(t, pos, self.n_epoch, steps) for t in set(self.targets.values())}
         return {n: max(of[t], self.floor.get(n, 0.)) for n, t in self.targets.items()}
 
-    def _check_schedule(self):
+    def _check_schedule(self, resumed):
         self.n_train = len(self.dls.train)
+        steps = self.n_epoch*self.n_train
         self.weights = {n: sum(u.numel for u in self.sparsifier.layers[n]) for n in self.targets}
         self.n_weights = max(sum(self.weights.values()), 1)
-        curve = self.schedule.over(max(self.targets.values(), default=0.), self.n_epoch, self.n_epoch*self.n_train)
-        moves = [t for t in range(1, len(curve)) if curve[t] != curve[t-1]]
-        self.last_move = moves[-1] if moves else 0 # index of the last batch at which the sparsity changes
-        target = max(self.targets.values(), default=0.)
-        if curve[-1] < target - 1e-6 and (np.diff(curve) >= 0).all():
-            raise ValueError(f"schedule {self.schedule.name} reaches only {curve[-1]:g} % of the {target:g} % asked for in {self.n_epoch} epochs of {self.n_train} batches")
-        if self.lth or self.reset_end:
-            if self.rewind_epoch >= self.n_epoch: raise ValueError(f"rewind_epoch={self.rewind_epoch} is never reached in {self.n_epoch} epochs")
+        held = self._masked()
+        self.floor, self.last, self.last_move = {} if resumed else held, self._counts({n: held[n] for n in self.targets}), -1 # what is gone stays gone
+        if not self.targets or not steps: return
+        curves = {t: self.schedule.over(t, self.n_epoch, steps) for t in set(self.targets.values())}
+        for n, t in self.targets.items(): # index of the last batch at which the sparsity changes
+            levels = np.append(held[n], np.maximum(curves[t], self.floor.get(n, 0.)))
+            moves = np.flatnonzero(np.diff(np.floor(levels*self._competing(n)/100 + .5)))
+            self.last_move = max(self.last_move, moves[-1] if len(moves) else -1)
+        target, name = max(self.targets.values()), self.schedule.name
+        curve = curves[target]
+        if curve[-1] < target - 1e-6 and (np.diff([self.schedule(target, pos, self.n_epoch, steps) for pos in np.linspace(.01, 1, 100)]) >= 0).all():
+            raise ValueError(f"schedule {name} reaches only {curve[-1]:g} % of the {target:g} % asked for in {self.n_epoch} epochs of {self.n_train} batches")
+        if (self.lth or self.reset_end) and self.rewind_epoch >= self.n_epoch: raise ValueError(f"rewind_epoch={self.rewind_epoch} is never reached in {self.n_epoch} epochs")
+        if (self.lth or self.reset_end) and resumed > self.rewind_epoch: raise ValueError(f"the weights of rewind_epoch={self.rewind_epoch} are not known to a run that starts at epoch {resumed}")
         if self.lth:
-            early = curve[:self.rewind_epoch*self.n_train]
-            if len(early) and early.max() > 0: raise ValueError(f"lth: the schedule {self.schedule.name} prunes before rewind_epoch={self.rewind_epoch}; give it a later start")
-            if len(moves) > max(len(curve)//2, 2): raise ValueError(f"lth goes back at each change of sparsity, and the schedule {self.schedule.name} changes it at nearly every batch: nothing would be trained. Use iterative, lottery or one_shot")
+            if (curve[:self.rewind_epoch*self.n_train] > 0).any(): raise ValueError(f"lth: the schedule {name} prunes before rewind_epoch={self.rewind_epoch}; give it a later start")
+            if np.count_nonzero(np.diff(curve)) > max(steps//2, 2):
+                raise ValueError(f"lth goes back at each change of sparsity, and the schedule {name} changes it at nearly every batch: nothing would be trained. Use iterative, lottery or one_shot")
 
     # --- lottery tickets
 
@@ -211,7 +240,8 @@ class SparsifyCallback(MaskCallback):
     @torch.no_grad()
     def _rewind(self):
         for k, v in self._tensors(): v.copy_(self.saved[k])
-        self.masks.apply(self.target)
+        for cb in self.learn.cbs: # others hold masks too
+            if isinstance(cb, MaskCallback): cb.after_step()
         self.opt.clear_state()
 
     def _save_ticket(self):
