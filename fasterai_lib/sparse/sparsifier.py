@@ -14,10 +14,11 @@ from numbers import Real
 import torch
 from torch import nn
 
-from ..core.allocation import Context, Scored, allocate, as_context
+from ..core.allocation import Context, allocate, as_context
 from ..core.criteria import Criteria, as_criteria
 from ..core.granularity import Tile, suggest
 from ..core.masks import Masks, masks_of
+from ..core.selection import Scored
 from ..core.units import layers_of
 
 # %% ../../nbs/sparse/sparsifier.ipynb #d9950830
@@ -106,7 +107,7 @@ class Sparsifier:
         round_to: int = None, # What remains per layer is a multiple of this
     ) -> Masks:
         "The masks for `targets`; the model is not touched"
-        def alive(u): return self.masks.masks[u.shares[0].name].keep.flatten() if u.shares[0].name in self.masks else None
+        def alive(u): return self.masks.masks[u.shares[0].name].keep.flatten().to(u.shares[0].param.device) if u.shares[0].name in self.masks else None
         layers = {n: [Scored(u, self.criteria, self.refs, alive(u)) for u in self.layers[n]] for n in targets}
         keeps = allocate(layers, targets, self.context, round_to, self.min_kept, self.max_sparsity)
         fresh = {k: m for n, ks in keeps.items() for u, keep in zip(self.layers[n], ks) for k, m in masks_of(u, keep).items()}

@@ -14,11 +14,12 @@ from fastai.learner import Recorder, SkipToEpoch
 from safetensors.torch import save_model
 from torch import nn
 
-from ..core.allocation import Context, _half_up
+from ..core.allocation import Context
 from ..core.criteria import Criteria
 from ..core.granularity import Tile
 from ..core.masks import Masks, zero_dead_
 from ..core.schedule import Schedule, as_schedule
+from ..core.selection import _half_up
 from .sparsifier import Sparsifier
 
 # %% ../../nbs/sparse/sparsify_callback.ipynb #6ed65ea1
