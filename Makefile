@@ -24,7 +24,7 @@ help:
 	@echo 'make export | readme | clean     modules from notebooks | README.md from index.ipynb | remove build output'
 
 demo: .venv/.stamp-core
-	PYTHONWARNINGS=ignore::FutureWarning $(PY) tools/demo.py $(if $(DATA),--data "$(DATA)")
+	$(PY) tools/demo.py $(if $(DATA),--data "$(DATA)")
 
 test: .venv/.stamp-dev  # pytest builds the site that it looks at
 	rm -rf _docs
