@@ -13,9 +13,12 @@ HEADERS = ['granularity', 'context', 'contender', 's a fit (min-max)', 'x plain,
 def learner(arch, batches, batch_size, size):
     "A new model on random images; the loaders hold tensors, so that nothing but training takes time"
     torch.manual_seed(0)
-    def loader(n): return DataLoader(list(zip(torch.randn(n, 3, size, size), torch.randint(0, 10, (n,)))), bs=batch_size, num_workers=0)
+    def loader(n):
+        images, labels = torch.randn(n, 3, size, size), torch.randint(0, 10, (n,))
+        return DataLoader(list(zip(images, labels)), bs=batch_size, num_workers=0)
     model = arch(num_classes=10)
-    return Learner(DataLoaders(loader(batches*batch_size), loader(batch_size)), model, loss_func=CrossEntropyLossFlat(), metrics=[])
+    data = DataLoaders(loader(batches*batch_size), loader(batch_size))
+    return Learner(data, model, loss_func=CrossEntropyLossFlat())
 
 
 def fit(callback, arch, batches, batch_size, size, **_):
@@ -73,11 +76,11 @@ def main():
         goal = f'{GOAL[granularity]}: {"met" if ratio <= GOAL[granularity] else "MISSED"}' if name == 'ours' else ''
         lines.append([granularity, context, name, spread(walls, 2), spread(wall_ratios, 3), spread(cpu_ratios, 3),
                       asked_zeros(model, percent, 'global', torch.nn.Conv2d), round(statistics.median(zero_counts)), goal])
-    print(f'''torchvision resnet18, {setup["batches"]} batches of 16 random 64x64 images, one epoch with one batch of validation, {percent} %
-of the Conv2d weights, each library's own `agp` (it starts at 20 % of the fit and tightens at every batch). {rounds} rounds; each sparse fit is divided by the mean of the plain fits
-just before and after it, and the median of these ratios is given (min-max). CPU time is the process's own, which other
-work on the machine disturbs less. The zeros asked are {percent} % of all weights; whole filters round that layer by layer, and
-filters of unequal size need not add up to it.\n''')
+    print(f'''torchvision resnet18, {setup["batches"]} batches of 16 random 64x64 images, one epoch with one batch of validation, {percent} % of
+the Conv2d weights, each library's own `agp` (it starts at 20 % of the fit and tightens at every batch). {rounds} rounds; each
+sparse fit is divided by the mean of the plain fits just before and after it, and the median of these ratios is given
+(min-max). CPU time is the process's own, which other work on the machine disturbs less. The zeros asked are {percent} % of all
+weights; whole filters round that, and where a library counts filters, of unequal size, they need not add up to it.\n''')
     print(table(HEADERS, lines))
 
 
