@@ -124,9 +124,12 @@ class Sparsifier:
         self.check(targets, round_to)
         return self.decide(targets, round_to)
 
-    def adopt(self, masks: Masks) -> Masks:
+    def adopt(self,
+        masks: Masks, # Masks of this model
+        zeroed: bool = False, # Are the weights that they remove zero already?
+    ) -> Masks:
         "Take `masks` for the current ones and zero the weights that they remove"
-        masks.apply(self.model)
+        if not zeroed: masks.apply(self.model)
         self.masks = masks
         if self.criteria.needs_update: self.remember()
         return masks

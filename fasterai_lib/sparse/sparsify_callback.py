@@ -17,7 +17,7 @@ from torch import nn
 from ..core.allocation import Context
 from ..core.criteria import Criteria
 from ..core.granularity import Tile
-from ..core.masks import Masks, zero_dead_
+from ..core.masks import Masks, zero_dead_, zero_fresh_
 from ..core.schedule import Schedule, as_schedule
 from ..core.selection import _half_up
 from .sparsifier import Sparsifier
@@ -157,11 +157,20 @@ class SparsifyCallback(MaskCallback):
         counts = self._counts(asked)
         if counts == self.last: return
         self.last = counts
-        self.masks = self.sparsifier.adopt(self.sparsifier.decide(asked, self.round_to))
-        self.held = [(p, self.masks.masks[n]) for n, p in self.masks.params(self.target).items()]
+        self._change(self.sparsifier.decide(asked, self.round_to))
         if self.lth: self._rewind()
-        else: self._clear_state()
         if self.save_tickets: self._save_ticket()
+
+    def _change(self, masks): # from one set of masks to the next: only what is newly removed needs to be zeroed
+        state, before = {}, self.masks.masks
+        for p, where, k in list(_optimizer_tensors(self.learn.opt)): state.setdefault(id(p), []).append((where, k))
+        self.held = [(p, masks.masks[n]) for n, p in masks.params(self.target).items()]
+        for (p, mask), name in zip(self.held, masks):
+            mine = state.get(id(p), ())
+            zero_fresh_([p.data, *(w[k] for w, k in mine if not w[k].is_sparse)], mask, before.get(name))
+            for w, k in mine:
+                if w[k].is_sparse: w[k] = _masked(w[k], mask, p.shape)
+        self.masks = self.sparsifier.adopt(masks, zeroed=True)
 
     def after_validate(self):
         if not (self._validating or self._searching) and self.columns: self.recorder.log += [self.current, self.measured]
