@@ -93,13 +93,17 @@ def zero_fresh_(
     before: Mask = None, # The mask until now, under which the tensors are zero already
 ):
     "Zero what `mask` removes and `before` did not"
-    fresh = mask.keep if before is None else mask.keep | ~before.keep
-    if mask.grid.elementwise and all(x.device.type == 'cpu' and x.is_contiguous() for x in tensors):
-        at = np.flatnonzero(~fresh.numpy())
-        if len(at) < mask.grid.n//16: # few: go to them
-            for x in tensors: x.view(_ints[x.element_size()]).view(-1).numpy()[at] = 0
-            return
-    for x in tensors: Mask(mask.grid, fresh).apply(x)
+    if not (mask.grid.elementwise and all(x.device.type == 'cpu' and x.is_contiguous() for x in tensors)):
+        fresh = mask if before is None else Mask(mask.grid, mask.keep | ~before.keep)
+        for x in tensors: fresh.apply(x)
+        return
+    new, old = mask.keep.view(-1).numpy(), None if before is None else before.keep.view(-1).numpy()
+    flats = [x.view(_ints[x.element_size()]).view(-1).numpy() for x in tensors]
+    for a in range(0, len(new), _chunk): # they are few: go to each
+        part = slice(a, a + _chunk)
+        at = np.flatnonzero(~new[part] if old is None else old[part] > new[part])
+        if len(at):
+            for flat in flats: flat[part][at] = 0
 
 def masks_of(units: Units, keep: torch.Tensor # One boolean per unit, flat
     ) -> dict: # Parameter name to `Mask`
