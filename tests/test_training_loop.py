@@ -1158,3 +1158,12 @@ def test_mask_callback_after_lr_find(make):
     fl.Sparsifier(learn.model, 'weight', 'local', 'large_final').sparsify_model(70)
     learn.fit(1, 1e-2)
     assert all(exact(w, 70) for w in weights(learn.model).values())
+
+
+def test_no_training_batches(make):
+    "Fewer items than a batch: fastai would train nothing, and say nothing"
+    learn, cb = make(4), sparsify(80)
+    learn.dls.train.drop_last, learn.dls.train.bs = True, 10**6
+    before = snapshot(learn.model)
+    with pytest.raises(ValueError, match='no batches'): learn.fit(1, 1e-2, cbs=cb)
+    assert same(before, snapshot(learn.model))

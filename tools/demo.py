@@ -10,7 +10,8 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import torch
-from fastai.vision.all import (ConvLayer, CrossEntropyLossFlat, DataLoaders, Flatten, ImageDataLoaders, Learner, Resize, accuracy, nn, set_seed)
+from fastai.vision.all import (ConvLayer, CrossEntropyLossFlat, DataLoaders, Flatten, ImageDataLoaders, Learner, Resize, accuracy,
+                               get_image_files, nn, set_seed)
 from sklearn.datasets import load_digits
 
 from fasterai_lib.all import SparsifyCallback, agp, large_final, plot_masks, plot_sparsity
@@ -31,6 +32,7 @@ def digits(batch_size=64):
 
 def folder(path, size=32, batch_size=64):
     "Images in one folder per class, a fifth of them for validation"
+    batch_size = min(batch_size, max(len(get_image_files(path))//8, 1))
     dls = ImageDataLoaders.from_folder(path, valid_pct=.2, seed=0, item_tfms=Resize(size), bs=batch_size, num_workers=0)
     dls.channels = 3
     return dls

@@ -226,7 +226,8 @@ class SparsifyCallback(MaskCallback):
         self.n_weights = max(sum(self.weights.values()), 1)
         held = self._masked()
         self.floor, self.last, self.last_move = {} if resumed else held, self._counts({n: held[n] for n in self.targets}), -1 # what is gone stays gone
-        if not self.targets or not steps: return
+        if not self.targets or not self.n_epoch: return
+        if not steps: raise ValueError("the training set has no batches (fewer items than one batch?): nothing would be pruned")
         curves = {t: self.schedule.over(t, self.n_epoch, steps) for t in set(self.targets.values())}
         for n, t in self.targets.items(): # index of the last batch at which the sparsity changes
             levels = np.append(held[n], np.maximum(curves[t], self.floor.get(n, 0.)))
