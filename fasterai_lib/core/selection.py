@@ -74,8 +74,10 @@ def _bracket(items, cands, need): # two scores between which the need-th smalles
     if not len(s): return -np.inf, np.inf, None
     q = need/max(sum(it.n if c is None else int(np.count_nonzero(c)) for it, c in zip(items, cands)), 1)
     mid, slack = q*len(s), 4*math.sqrt(len(s)*q*(1 - q)) + 4
-    lo, hi, likely = int(mid - slack), int(mid + slack) + 1, s[min(int(mid), len(s) - 1)]
-    tie = likely if np.searchsorted(s, likely, 'right') - np.searchsorted(s, likely) > len(s)//32 else None
+    lo, hi = int(mid - slack), int(mid + slack) + 1
+    count = lambda v: np.searchsorted(s, v, 'right') - np.searchsorted(s, v)
+    tie = max((s[min(max(int(i), 0), len(s) - 1)] for i in (lo, mid, hi)), key=count)
+    if count(tie) <= len(s)//32: tie = None
     return (s[lo] if lo >= 0 else -np.inf), (s[hi] if hi < len(s) else np.inf), tie
 
 def _scan(items, cands, lo, hi, tie): # keeps, without the candidates below lo; values and places of those in [lo, hi], ties left out; how many ties, how many below
