@@ -83,8 +83,7 @@ the Conv2d weights, each library's own `agp` (it starts at 20 % of the fit and t
 sparse fit is divided by the mean of the plain fits just before and after it, and the median of these ratios is given
 (min-max). CPU time is the process's own, which other work on the machine disturbs less. The zeros asked are {percent} % of all
 weights; whole filters round that, and where a library counts filters, of unequal size, they need not add up to it. Ours zeroes
-the optimizer's state of masked weights too; torch's `sqrt` on the CPU (MKL) takes some ten times longer on a tensor with zeros, which is
-most of what Adam's rows show, and none of SGD's.\n''')
+the optimizer's state of masked weights too.\n''')
     print(table(HEADERS, lines))
 
 
