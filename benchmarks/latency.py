@@ -1,12 +1,12 @@
 """Latency of one image through the pruned network beside the dense one, one thread, and how much of the saved work is saved time."""
 from common import machine, note, table, version  # one thread, before torch is imported
-import argparse, copy, json, multiprocessing, statistics, time
+import argparse, copy, itertools, json, multiprocessing, statistics, time
 from pathlib import Path
 import torch, torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 MODELS = {'resnet18': 'fc', 'resnet50': 'fc', 'mobilenet_v2': 'classifier', 'vit_b_16': 'heads'}  # name -> what is left alone
-HEADERS = ['model', 'removed %', 'library', 'params ratio', 'MACs ratio', 'dense ms', 'latency ratio', 'CPU-time ratio', 'latency / MACs', 'goal (ours)']
+HEADERS = ['model', 'form', 'removed %', 'library', 'params ratio', 'MACs ratio', 'dense ms', 'latency ratio', 'CPU-time ratio', 'latency / MACs', 'goal (ours)']
 GOAL = 1/.8  # of the speed-up that the MACs promise, 80 %
 
 
@@ -63,10 +63,18 @@ def alternate(jobs, seconds, least=15):
     return taken
 
 
+def ready(model, form):
+    "As one would deploy it: BatchNorm folded into the convolution before it, channels last in memory"
+    if 'folded' in form and any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        from torch.fx.experimental.optimization import fuse
+        model = fuse(model)
+    return model.to(memory_format=torch.channels_last) if 'channels last' in form else model
+
+
 def middle(runs): return [statistics.median(values) for values in zip(*runs)]
 
 
-def measure(name, percent, lib, seconds, image):
+def measure(name, percent, lib, seconds, image, form):
     "In a process of its own"
     torch.set_num_threads(1)
     dense = build(name)
@@ -77,7 +85,8 @@ def measure(name, percent, lib, seconds, image):
     try: LIBS[lib](pruned, inputs, percent/100, MODELS[name])
     except Exception as e: return dict(error=f'{type(e).__name__}: {e}'[:200])
     after = size(pruned), macs(pruned, inputs)
-    for m in (dense, pruned): m.eval().requires_grad_(False)
+    dense, pruned = (ready(m.eval().requires_grad_(False), form) for m in (dense, pruned))
+    if 'channels last' in form: inputs = inputs.to(memory_format=torch.channels_last)
     with torch.inference_mode(): runs = alternate(dict(dense=lambda: dense(inputs), pruned=lambda: pruned(inputs)), seconds)
     (wall, cpu), (pruned_wall, pruned_cpu) = middle(runs['dense']), middle(runs['pruned'])
     return dict(params=after[0]/before[0], macs=after[1]/before[1], ms=1000*wall, latency=pruned_wall/wall, cpu=pruned_cpu/cpu, runs=len(runs['dense']))
@@ -101,20 +110,17 @@ def alone(function, *args):
 
 
 def counts_table(found, spans):
-    "A count is slow when a larger one within 8 takes less time: rounding up would cost nothing"
+    "A count is slow when a larger one within 16 takes less time: rounding up would cost nothing"
     time_of, lines = {(k, c): s for k, c, s in found}, []
     for low, high in spans:
         for kernel in (1, 3):
-            cells, slow = [], {}
-            for c in range(low, high + 1):
-                s = time_of[kernel, c]
-                faster = [d for d in range(c + 1, min(c + 8, high) + 1) if time_of[kernel, d] < .97*s]
-                if faster: slow[c] = faster
-                cells.append(f'**{c}**: {1e6*s:.0f}' if faster else f'{c}: {1e6*s:.0f}')
-            multiples = lambda n: ', '.join(str(c) for c in slow if c % n == 0) or 'none'
-            up = [time_of[kernel, -(-c//8)*8]/time_of[kernel, c] for c in range(low, high + 1) if c % 8]
-            lines.append([f'{kernel}x{kernel}', ' '.join(cells), f'{len(slow)} of {high - low + 1}', multiples(8), multiples(16), f'{statistics.median(up):.2f} ({min(up):.2f}-{max(up):.2f})'])
-    return table(['kernel', 'channels: microseconds (slow in bold)', 'slow', 'slow multiples of 8', 'of 16', 'next multiple of 8 / count, median (min-max)'], lines)
+            s = {c: time_of[kernel, c] for c in range(low, high + 1)}
+            slow = [c for c in s if any(s[d] < .97*s[c] for d in range(c + 1, min(c + 16, high) + 1))]
+            cells = ' '.join(f'**{c}**: {1e6*v:.0f}' if c in slow else f'{c}: {1e6*v:.0f}' for c, v in s.items())
+            # microseconds for each channel, of the counts that a rounding leaves, beside the others
+            each = lambda some: some and f'{1e6*statistics.mean(s[c]/c for c in some):.2f}'
+            lines.append([f'{kernel}x{kernel}', cells, f'{len(slow)} of {len(s)}', *(each([c for c in s if c % n == 0]) for n in (8, 16)), each([c for c in s if c % 8])])
+    return table(['kernel', 'channels: microseconds (slow in bold)', 'slow', 'us per channel, multiples of 8', 'of 16', 'other counts'], lines)
 
 
 def main():
@@ -123,10 +129,13 @@ def main():
     parser.add_argument('--models', nargs='+', default=list(MODELS), choices=list(MODELS))
     parser.add_argument('--percents', nargs='+', type=float, default=[50, 75])
     parser.add_argument('--seconds', type=float, default=8, help='of measuring, per row')
+    parser.add_argument('--forms', nargs='+', default=['as it is', 'folded'], choices=['as it is', 'folded', 'channels last', 'folded, channels last'],
+                        help='of both models: BatchNorm folded, memory order')
+    parser.add_argument('--libs', nargs='+', default=list(LIBS), choices=list(LIBS))
     parser.add_argument('--out', type=Path, help='append the rows to this file as JSON')
     args = parser.parse_args()
-    models, percents, seconds, image, spans = args.models, args.percents, args.seconds, 224, [(24, 40), (56, 72), (120, 136)]
-    if args.quick: models, percents, seconds, image, spans = ['resnet18'], [50], 1, 64, [(24, 32)]
+    models, percents, seconds, image, spans = args.models, args.percents, args.seconds, 224, [(30, 50), (126, 146)]
+    if args.quick: models, percents, seconds, image, spans = ['resnet18'], [50], 1, 64, [(30, 34)]
     print(f'## Latency\n\n{__doc__}\n\n{machine()}')
     print(f'torchvision, {image} px, batch 1, random weights, Torch-Pruning {version("torch-pruning")}. Each row is a process: dense and pruned alternate run by run for\n'
           f'{seconds:g} s after 3 runs each; ratios of medians, pruned to dense; CPU time is the thread\'s own, less sensitive to what else runs.\n'
@@ -134,21 +143,22 @@ def main():
     lines = []
     for name in models:
         for percent in percents:
-            for lib in LIBS:
+            for lib, form in itertools.product(args.libs, args.forms):
+                if name == 'vit_b_16' and form != 'as it is': continue  # it has no BatchNorm
                 if lib == 'ours, exact=False' and name != 'vit_b_16': continue  # the same where no norm stands in the way
-                found = alone(measure, name, percent, lib, seconds, image)
-                note(f'latency: {name}, {percent:g} %, {lib}: {found}')
+                found = alone(measure, name, percent, lib, seconds, image, form)
+                note(f'latency: {name}, {form}, {percent:g} %, {lib}: {found}')
                 if args.out:
-                    with args.out.open('a') as file: file.write(json.dumps(dict(model=name, percent=percent, lib=lib, **found)) + '\n')
+                    with args.out.open('a') as file: file.write(json.dumps(dict(model=name, form=form, percent=percent, lib=lib, **found)) + '\n')
                 if 'error' in found:
-                    lines.append([name, f'{percent:g}', lib, found['error'].replace('|', '/'), *['']*6])
+                    lines.append([name, form, f'{percent:g}', lib, found['error'].replace('|', '/'), *['']*6])
                     continue
                 over = found['latency']/found['macs']
                 goal = ('met' if over <= GOAL and found['latency'] <= 1 else 'MISSED') if lib.startswith('ours') else ''
-                lines.append([name, f'{percent:g}', lib, f'{found["params"]:.3f}', f'{found["macs"]:.3f}', f'{found["ms"]:.1f}',
+                lines.append([name, form, f'{percent:g}', lib, f'{found["params"]:.3f}', f'{found["macs"]:.3f}', f'{found["ms"]:.1f}',
                               f'{found["latency"]:.3f}', f'{found["cpu"]:.3f}', f'{over:.2f}', goal])
     print(table(HEADERS, lines))
-    print('### Slow channel counts\n\nOne convolution of as many output as input channels on 28x28, CPU time, all counts in turn. Slow: one of the next 8 counts is more\n'
+    print('### Slow channel counts\n\nOne convolution of as many output as input channels on 28x28, CPU time, all counts in turn. Slow: one of the next 16 counts is more\n'
           'than 3 % faster.\n')
     print(counts_table(alone(convolutions, spans, seconds), spans))
 

@@ -173,26 +173,33 @@ class Picture(nn.Module):
 
 # --- sequences
 
-class Attention(Block):
-    def __init__(self, c, heads, d, fused=True, sdpa=True, sizes='attributes'):
+class Attention(Block): # sizes of heads in attributes
+    def __init__(self, c, heads, d, fused=True, sdpa=True):
         super().__init__()
-        if sizes == 'source': d = c//heads # the width of a head is C // num_heads in the source
-        self.num_heads, self.head_dim, self.scale, self.fused, self.sdpa, self.sizes = heads, d, d**-.5, fused, sdpa, sizes
+        self.num_heads, self.head_dim, self.scale, self.fused, self.sdpa = heads, d, d**-.5, fused, sdpa
         if fused: self.qkv = nn.Linear(c, 3*heads*d)
         else: self.q, self.k, self.v = (nn.Linear(c, heads*d) for _ in range(3))
         self.out = nn.Linear(heads*d, c)
-        if sizes == 'attributes':
-            self.must = must(heads, out__weight__1=None, **(dict(qkv__weight__0=None, qkv__bias__0=None) if fused else dict(q__weight__0=None, k__weight__0=None, v__bias__0=None)))
-        else: self.free = False
+        self.must = must(heads, out__weight__1=None, **(dict(qkv__weight__0=None, qkv__bias__0=None) if fused else dict(q__weight__0=None, k__weight__0=None, v__bias__0=None)))
+    def attend(self, q, k, v):
+        if self.sdpa: return F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2)
+        return (((q*self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2)
+    def forward(self, x):
+        B, N, _ = x.shape
+        if self.fused: q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        else: q, k, v = (m(x).view(B, N, self.num_heads, self.head_dim).transpose(1, 2) for m in (self.q, self.k, self.v))
+        return x + self.out(self.attend(q, k, v).reshape(B, N, -1))
+
+class Source_Attention(Attention): # the width of a head is C // num_heads in the source
+    free = False
+    def __init__(self, c, heads, **kw):
+        super().__init__(c, heads, c//heads, **kw)
+        self.must = {}
     def forward(self, x):
         B, N, C = x.shape
-        H, d = (self.num_heads, self.head_dim) if self.sizes == 'attributes' else (self.num_heads, C//self.num_heads)
-        if self.fused: q, k, v = self.qkv(x).reshape(B, N, 3, H, d).permute(2, 0, 3, 1, 4).unbind(0)
-        else: q, k, v = (m(x).view(B, N, H, d).transpose(1, 2) for m in (self.q, self.k, self.v))
-        if self.sdpa: y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        else: y = ((q*self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
-        y = y.transpose(1, 2)
-        return x + self.out(y.reshape(B, N, C) if self.sizes == 'source' else y.reshape(B, N, -1))
+        if self.fused: q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C//self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        else: q, k, v = (m(x).view(B, N, self.num_heads, C//self.num_heads).transpose(1, 2) for m in (self.q, self.k, self.v))
+        return x + self.out(self.attend(q, k, v).reshape(B, N, C))
 
 class Grouped_Query(Block):
     def __init__(self, c, kv, rep, d, expand=False):

@@ -98,13 +98,14 @@ def allocate(
     context: Context,
     round_to: int = None, # What remains per layer is a multiple of this
     min_kept: int = None, # Units that each layer keeps; by default 1, unless 100 % is asked
-    max_sparsity: float = 100., # Percent of units that a layer loses at most
+    max_sparsity: 'float | dict' = 100., # Percent of units that a layer loses at most; one for all, or by layer name
 ) -> dict: # Layer name to list of flat boolean tensors
     "Decide which units are kept"
     n = {name: sum(it.n for it in items) for name, items in layers.items()}
+    def cap(name): return max_sparsity[name] if isinstance(max_sparsity, dict) else max_sparsity
     def floor(name):
         least = min_kept if min_kept is not None else int(n[name] > 1 and sparsity[name] < 100)
-        return min(max(least, math.ceil(n[name]*(1 - max_sparsity/100) - 1e-9)), n[name])
+        return min(max(least, math.ceil(n[name]*(1 - cap(name)/100) - 1e-9)), n[name])
     def floors_of(name): # shared out over the weights of the layer; by default each keeps one unit
         done, out, least = 0, [], int(min_kept is None and n[name] > 1 and sparsity[name] < 100)
         for it in layers[name]:
@@ -118,8 +119,8 @@ def allocate(
         floors = [f for name in layers for f in floors_of(name)]
         asked, most = next(iter(sparsity.values())), 100 - 100*sum(f*(it.units.numel/it.n) for f, it in zip(floors, items))/_weights(items)
         unit = 100*max(it.units.numel/it.n for it in items)/_weights(items)
-        if asked > most + unit + 1e-9 and (min_kept or max_sparsity < 100):
-            raise ValueError(f"{asked:g} % of the weights cannot go: min_kept={min_kept}, max_sparsity={max_sparsity:g} leave at most {most:.2f} %")
+        if asked > most + unit + 1e-9 and (min_kept or min(map(cap, layers)) < 100):
+            raise ValueError(f"{asked:g} % of the weights cannot go: min_kept={min_kept}, max_sparsity={min(map(cap, layers)):g} leave at most {most:.2f} %")
         keeps = iter(select(items, min(asked, most), floors))
         keeps = {name: [next(keeps) for _ in its] for name, its in layers.items()}
         if not round_to: return keeps

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from ..core.granularity import suggest
-from .labels import settle
 from .plan import Plan, masks_for, sources
 from .record import Recorder, tensors_in
 from . import rules_layers, rules_shapes # they register the operators
@@ -93,9 +92,7 @@ class UnitGraph:
             if n not in self.used: f.pins(axes, 'it is not used in a run of the model')
             if n.rpartition('.')[0] in self.ignored: f.pins([a for a in axes if a is not None and self.produced[a].any()], 'it is ignored')
         for labels, reason in self.pins: f.atoms.pin(labels, reason)
-        wild = np.zeros(f.atoms.n, bool)
-        for w in f.wilds: wild[w] = True
-        settle(f.atoms, f.splits, f.heads, wild)
+        f.settle()
         self.roots = {n: [None if a is None else f.atoms.find(a) for a in axes] for n, axes in f.params.items()}
         if self.alive is None: self.alive = np.ones(f.atoms.n, bool)
         made = np.zeros(f.atoms.n, bool)
@@ -113,8 +110,9 @@ class UnitGraph:
         order = np.lexsort((index, which, root))
         root, which, index = root[order], which[order], index[order]
         first = np.flatnonzero(np.append(True, root[1:] != root[:-1])) if len(root) else np.zeros(0, int)
-        found = {}
-        for a, c in zip(first, np.diff(np.append(first, len(root)))): found.setdefault(which[a:a+c].tobytes(), []).append(np.arange(a, a + c))
+        found, part = {}, np.zeros(self.flow.atoms.n, np.uint64)
+        for labels, h in self.flow.tags: np.add.at(part, self.flow.atoms.find(labels), h) # parts of a split lose their own share
+        for a, c in zip(first, np.diff(np.append(first, len(root)))): found.setdefault((which[a:a+c].tobytes(), part[root[a]]), []).append(np.arange(a, a + c))
         out = []
         for at in map(np.array, found.values()):
             w, idx = which[at[0]], index[at]
@@ -131,6 +129,10 @@ class UnitGraph:
         names = [n.rpartition('.')[0] for n, a, i in group.members if n in self.trainable and len(self.shapes[n]) > 1 and self.produced[self.params[n][a][i[0, 0]]]]
         return list(dict.fromkeys(names or [n.rpartition('.')[0] for n, _, _ in group.members]))
 
+    def read(self, record): # another run, which changes nothing that was decided
+        self.flow.read(record, self.shapes)
+        self.flow.settle()
+
     # --- the model as it is now
     def tensors(self): # found once: the objects stay the same
         if not hasattr(self, '_tensors'): self._tensors = sources(self.model)
@@ -141,7 +143,11 @@ class UnitGraph:
         r = self.roots[name][axis]
         return None if r is None or (k := self.alive[r]).all() else k
     def count(self, labels): # how many of an axis are alive
-        return int(self.alive[self.flow.atoms.find(labels)].sum())
+        return int(self.living(self.flow.atoms.find(labels)).sum())
+    def living(self, roots): # atoms of later runs live
+        return self.padded()[roots]
+    def padded(self): # as many as there are atoms
+        return self.alive if len(self.alive) >= self.flow.atoms.n else np.append(self.alive, np.ones(self.flow.atoms.n - len(self.alive), bool))
 
     @contextlib.contextmanager
     def when(self, alive): # sizes as they would be
@@ -151,7 +157,7 @@ class UnitGraph:
 
     def pin(self, labels, reason):
         "Never remove what these labels name; what that leaves open is decided anew"
-        self.pins.append((labels, reason))
+        self.pins.append((labels[self.living(self.flow.atoms.find(labels))], reason)) # what is gone is gone
         self.solve()
 
     def to_plan(self,

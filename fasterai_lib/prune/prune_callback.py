@@ -30,16 +30,13 @@ from ..sparse.sparsify_callback import MaskCallback
 
 # %% ../../nbs/prune/prune_callback.ipynb #e10c955a
 class _Asked(dict): "Percent by group of units, settled"
-
 class _Pruner(Pruner):
     def targets(self, sparsity): return dict(sparsity) if isinstance(sparsity, _Asked) else super().targets(sparsity)
-
 def _producers(graph, group): # names of the matrices whose outputs are the units of a group
     mine = [m for m in group.members if m[0] in graph.trainable]
     return [(n, a, i) for n, a, i in mine if len(graph.shapes[n]) > 1 and graph.produced[graph.params[n][a][i[0, 0]]]] or mine
 
 def _fits(graph): return all(graph.shapes.get(n) is not None and tuple(t.shape) == graph.shape(n) for n, t in sources(graph.model).items()) # is it still the model of this graph?
-def _n_params(model): return sum(p.numel() for p in model.parameters())
 def _plain(model): # without the wrappers that do not compute
     if isinstance(model, DistributedDataParallel): raise ValueError("DistributedDataParallel holds buckets of gradients of fixed size: prune before the model is wrapped")
     model = getattr(model, '_orig_mod', model) # torch.compile
@@ -49,7 +46,6 @@ def _examples(xb, device): # two of a batch
     bs = find_bs(xb)
     return to_device(_map(tuple(xb), lambda t: (t[:2] if t.dim() and len(t) == bs else t).detach().as_subclass(torch.Tensor).clone()), device)
 
-# %% ../../nbs/prune/prune_callback.ipynb #d24633e9
 class PruneCallback(Callback):
     "Remove units of a model while it trains, along a schedule"
     order = Recorder.order + 5 # after the Recorder, before progress bars, trackers and loggers
@@ -79,31 +75,27 @@ class PruneCallback(Callback):
         if self.context.name not in ('local', 'global'): raise ValueError(f"context {self.context.name!r} zeroes weights inside units; whole units compete in 'local' or 'global'")
         if self.context.name == 'global' and isinstance(sparsity, (dict, list, tuple)): raise ValueError(f"a {type(sparsity).__name__} of sparsities needs context='local': in 'global' all layers share one sparsity")
         if model is not None and not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module that is part of the Learner's, got {type(model).__name__}")
+        self.globally = self.context.name == 'global'
         self.part, self.example_inputs, self.every, self.frozen, self.copies = model, example_inputs, None if every is None else _duration(every, 'every'), frozen, tuple(copies)
         self.how = dict(round_to=round_to, ignored=ignored, exact=exact, min_kept=min_kept, max_sparsity=max_sparsity, check=check)
-        self.pruner, self.started, self.first, self.history, self.columns, self.targets, self.ready = None, False, None, [], None, {}, False
+        self.pruner, self.started, self.first, self.history, self.columns, self.targets, self.ready = None, False, None, [], False, {}, False
 
-    def __getstate__(self): return {**self.__dict__, 'pruner': None, 'targets': {}, 'ready': False} # the model remembers what was removed from it
+    def __getstate__(self): return {**self.__dict__, 'pruner': None, 'groups': {}, 'targets': {}, 'ready': False} # the model remembers what was removed from it
 
     # --- the life of a fit
-
     def before_fit(self):
         self._need_learner()
         if self._validating or self._searching: return
-        model = _plain(self.learn.model)
-        if self.part is not None and not {id(p) for p in self.part.parameters()} <= {id(p) for p in model.parameters()}:
-            raise ValueError(f"model={type(self.part).__name__} is not a part of the Learner's model {type(model).__name__}")
+        inner = {id(p) for p in _plain(self.learn.model).parameters()}
+        if self.part is not None and not {id(p) for p in self.part.parameters()} <= inner: raise ValueError(f"model={type(self.part).__name__} is not a part of the Learner's model {type(self.learn.model).__name__}")
         for cb in self.learn.cbs:
             if cb is not self and isinstance(cb, (MaskCallback, PruneCallback)): raise ValueError(f"PruneCallback cannot share a fit with {type(cb).__name__}, which knows the tensors as they are now; first one, then the other")
-        self.ready, self.history, self.targets = False, [], {}
+        self.ready, self.history, self.targets, self.columns = False, [], {}, hasattr(self.learn, 'recorder')
         self._check_schedule()
-        self.columns = self._add_columns() if hasattr(self.learn, 'recorder') else None
-
-    def _add_columns(self):
-        names, columns = self.recorder.metric_names, ['sparsity', 'removed']
+        if not self.columns: return
+        names = self.recorder.metric_names
         at = len(names) - int(self.recorder.add_time)
-        self.recorder.metric_names = names[:at] + columns + names[at:]
-        return columns
+        self.recorder.metric_names = names[:at] + ['sparsity', 'removed'] + names[at:]
 
     def before_batch(self):
         if not self.training or self._validating or self._searching: return
@@ -143,9 +135,6 @@ class PruneCallback(Callback):
             if isinstance(cb, SaveModelCallback) and not cb.every_epoch and not cb.at_end and cb.last_saved_path is None: cb._save(f'{cb.fname}')
 
     # --- what is asked, and what is there
-
-    @property
-    def _global(self): return self.context.name == 'global'
     @property
     def current(self) -> float: # in percent, over the layers of this callback
         "The sparsity that the schedule asks for now"
@@ -153,31 +142,29 @@ class PruneCallback(Callback):
     @property
     def measured(self) -> float: # in percent
         "The share of the model's parameters that is gone, counted"
-        return 100*(1 - _n_params(_plain(self.learn.model))/self.first) if self.first and self.learn else 0.
+        return 100*(1 - sum(p.numel() for p in self.pruner.model.parameters())/self.first) if self.pruner else 0.
 
     def _gone(self): # group name to percent of its units that are gone now; the same for all in global
-        if self._global: return dict.fromkeys(self.targets, 100*(1 - sum(self.groups[n].numel for n in self.targets)/sum(self.weights.values())))
+        if self.globally: return dict.fromkeys(self.targets, 100*(1 - sum(self.groups[n].numel for n in self.targets)/sum(self.weights.values())))
         return {n: 100*(1 - self.groups[n].n/self.units[n]) for n in self.targets}
 
     def _asked(self, pos): # group name to percent of the units that it had at first
-        of, gone = {t: self.schedule(t, pos, self.n_epoch, self.steps) for t in set(self.targets.values())}, self._gone()
-        return {n: max(of[t], gone[n]) for n, t in self.targets.items()}
+        of = {t: self.schedule(t, pos, self.n_epoch, self.steps) for t in set(self.targets.values())}
+        return {n: max(of[t], self.floor.get(n, 0.)) for n, t in self.targets.items()}
 
     def _of_now(self, asked): # the same, in percent of the units that the pruner has seen
         seen = {n: len(self.groups[n].roots) for n in asked}
-        if self._global:
+        if self.globally:
             now, first = sum(seen[n]*self.groups[n].size for n in asked), sum(self.weights.values())
             return _Asked({n: s if now == first else max(0., 100*(now - first*(1 - s/100))/now) for n, s in asked.items()})
-        return _Asked({n: max(0., 100*(seen[n] - self.units[n] + _half_up(s*self.units[n]/100))/seen[n]) for n, s in asked.items()})
+        return _Asked({n: min(max(0., 100*(seen[n] - self.units[n] + _half_up(s*self.units[n]/100))/seen[n]), 99.999) for n, s in asked.items()}) # min_kept stay
 
     def _copies(self): # of the model, to be cut along
-        found = list(self.copies)
-        for cb in self.learn.cbs: found += [v for k, v in vars(cb).items() if isinstance(v, AveragedModel) or isinstance(v, nn.Module) and 'ema' in k.lower().split('_')]
+        found = [*self.copies, *(v for cb in self.learn.cbs for k, v in vars(cb).items() if isinstance(v, AveragedModel) or isinstance(v, nn.Module) and 'ema' in k.lower().split('_'))]
         found = [c.module if isinstance(c, AveragedModel) or type(c) is not type(self.pruner.model) and isinstance(getattr(c, 'module', None), nn.Module) else c for c in found]
         return [c for c in {id(c): c for c in found}.values() if c is not self.pruner.model]
 
     # --- before the first batch
-
     def _check_schedule(self): # what can be known without looking at the model
         self.n_train, name = len(self.dls.train), self.schedule.name
         self.steps = self.n_epoch*self.n_train
@@ -193,25 +180,24 @@ class PruneCallback(Callback):
 
     def _begin(self): # at the first batch: find the units, prove that the target can be removed before anything is, and see when some are due
         model = _plain(self.learn.model)
-        device = next(model.parameters()).device
+        device, resumed = next(model.parameters()).device, any(isinstance(cb, SkipToEpoch) for cb in self.learn.cbs)
         inputs = _examples(self.learn.xb, device) if self.example_inputs is None else to_device(self.example_inputs, device)
         if self.pruner is None or self.pruner.model is not model or not _fits(self.pruner.graph):
-            resumed = self.started or any(isinstance(cb, SkipToEpoch) for cb in self.learn.cbs)
             self.pruner = _Pruner(model, inputs, self.criteria, self.context, **self.how)
-            self.shapes = {**self.pruner.graph.shapes, **((model.__dict__.get(_record) or {}).get('shapes', {}) if resumed else {})} # before all removals
+            self.shapes = {**self.pruner.graph.shapes, **((model.__dict__.get(_record) or {}).get('shapes', {}) if resumed or self.started else {})} # before all removals
             self.first = sum(int(np.prod(self.shapes[n])) for n, _ in model.named_parameters())
         self.pruner.prover.inputs = inputs
         self._measure()
         if self.targets:
-            self.pruner._prepare(self._of_now({n: max(t, g) for (n, t), g in zip(self.targets.items(), self._gone().values())}))
+            self.pruner._prepare(self._of_now(self.targets))
             self._measure() # the proof may have pinned some
-        self.passed, moved = 0, np.zeros(self.steps, bool)
+        self.passed, moved, self.floor = 0, np.zeros(self.steps, bool), {} if resumed or not self.targets else self._gone()
         if self.targets:
             gone, total, smallest = self._gone(), sum(self.weights.values()), min(self.groups[n].size for n in self.targets)
-            for t, g, n in {(t, gone[n], total/smallest if self._global else self.units[n]) for n, t in self.targets.items()}:
+            for t, g, n in {(t, gone[n], total/smallest if self.globally else self.units[n]) for n, t in self.targets.items()}:
                 levels = np.maximum(np.append(g, self.curves[t][self.held]), g)
                 moved |= np.diff(np.floor(levels*n/100 + .5)) > 0
-                if self._global and t > g: moved[int(np.argmax(levels[1:] >= levels[-1]))] = True # the end, whatever unit it is
+                if self.globally and t > g: moved[int(np.argmax(levels[1:] >= levels[-1]))] = True # the end, whatever unit it is
         self.due = np.flatnonzero(moved)
         self.last_move, self.ready = int(self.due[-1]) if len(self.due) else -1, True
 
@@ -231,8 +217,7 @@ def _dead(graph): # what is alive, without the units that nothing produces
     for g in graph.groups:
         zero = np.ones(len(g.roots), bool)
         for n, a, idx in _producers(graph, g):
-            w = now[n].detach()
-            zero &= (w.movedim(a, 0).flatten(1) == 0).all(1).cpu().numpy()[idx].all(1)
+            zero &= (now[n].detach().movedim(a, 0).flatten(1) == 0).all(1).cpu().numpy()[idx].all(1)
         if zero.all(): zero[0] = False # a layer keeps one
         alive[g.roots[zero]] = False
     return alive
@@ -245,8 +230,7 @@ def shrink(
 ) -> Plan: # What was removed
     "Remove the units that masks have left dead"
     model = _plain(model)
-    pruner = Pruner(model, example_inputs, exact=exact)
-    graph = pruner.graph
+    graph = (pruner := Pruner(model, example_inputs, exact=exact)).graph
     for _ in range(60):
         alive = _dead(graph)
         if np.array_equal(alive, graph.alive): raise ValueError(f"{type(model).__name__} has no dead unit that can be removed: all weights that produce it must be zero, as granularity='filter' or 'row' leaves them")
@@ -261,7 +245,6 @@ def shrink(self: Learner,
 ) -> Plan: # What was removed
     "Remove the units that masks have left dead, from the Learner's model and its optimizer"
     device = next(self.model.parameters()).device
-    if example_inputs is None:
-        dl = self.dls.valid if len(self.dls) > 1 and len(self.dls.valid) else self.dls.train
-        example_inputs = _examples(dl.one_batch()[:dl.n_inp], device)
+    dl = self.dls.valid if len(self.dls.loaders) > 1 and len(self.dls.valid) else self.dls.train
+    if example_inputs is None: example_inputs = _examples(dl.one_batch()[:dl.n_inp], device)
     return shrink(self.model, to_device(example_inputs, device), self.opt, exact)

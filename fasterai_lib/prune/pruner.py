@@ -118,7 +118,8 @@ class Pruner:
         keeps = {}
         for r in sorted(set(step.values())): # layers with another multiple do not trade with these
             part = {n: it for n, it in items.items() if step[n] == r and it[0].n >= r}
-            if part: keeps.update(allocate(part, {n: ask[n] for n in part}, self.context, r if r > 1 else None, self.min_kept, self.max_sparsity))
+            most = {n: max(0., 100*(1 - math.ceil(len(g.roots)*(1 - self.max_sparsity/100) - 1e-9)/g.n)) for n, (s,) in part.items() for g in [s.units]} # of what is left
+            if part: keeps.update(allocate(part, {n: ask[n] for n in part}, self.context, r if r > 1 else None, self.min_kept, most))
         return {n: k.cpu().numpy() for n, (k,) in keeps.items()}
 
     def refusal(self):
@@ -130,6 +131,7 @@ class Pruner:
     def _prepare(self, sparsity): # decide, and find out how to make it run
         for _ in range(60):
             alive = self.decide(sparsity)
+            if not self.check: self.prover.guess(alive)
             if not self.check or (blame := self.prover.prove(alive)) is None: return alive
             self.graph.pin(*blame)
         raise ValueError(f"no removal of {sparsity} % found that runs; the last reason: {blame[1][0]}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,7 +58,7 @@ class Record:
     outputs: list = field(default_factory=list) # Refs of the tensors that the model returned
     train: bool = False
     labels: dict = None # Ref id to labels, when rules have been run over it
-    made: list = None # Labels of the outputs of each operator
+    made: list = None # Labels of the outputs of each operator; None where nothing reads them
 
 # %% ../../nbs/prune/record.ipynb #ec1108a2
 def _map(x, f): # f of every tensor in nested tuples, lists and dicts
@@ -151,7 +152,7 @@ class Recorder:
         return Ref(i, tuple(t.shape))
 
     def _place(self, t): # two tensors at one place are the same tensor
-        if t.device.type == 'meta' or t.layout != torch.strided or t.numel() == 0: return None
+        if isinstance(t, FakeTensor) or t.device.type == 'meta' or t.layout != torch.strided or t.numel() == 0: return None
         try: return (t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)
         except RuntimeError: return None
 
@@ -216,7 +217,7 @@ def untouched(model, train=False):
         for m, training in modes.items(): m.training = training
         with torch.no_grad():
             for b, old in buffers:
-                if b.shape == old.shape and not torch.equal(b, old): b.copy_(old)
+                if b.shape == old.shape and not isinstance(b, FakeTensor) and b.device.type != 'meta' and not torch.equal(b, old): b.copy_(old)
 
 def caches(m):
     "Plain dicts in which a module keeps tensors from one run to the next"

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import torch
 
-from .labels import Atoms, Split
+from .labels import Atoms, Split, settle
 from .record import Ref, tensors_in
 
 # %% ../../nbs/prune/rules.ipynb #79f5a5bd
@@ -30,6 +30,7 @@ class Flow:
     def __init__(self, exact=True):
         self.atoms, self.exact = Atoms(), exact
         self.params, self.splits, self.heads, self.wilds, self.produced, self.scaled, self.unknown, self.parts = {}, [], [], [], [], [], {}, {}
+        self.tags = [] # (labels, number): which part of a split they are
         self.groups = {} # (record number, op index) -> atoms of the groups of a convolution or norm
 
     # one record
@@ -40,9 +41,18 @@ class Flow:
             if name not in self.params: self.params[name] = [self.atoms.fresh(n) if n > 1 else None for n in sources[name]]
             labels[i] = self.params[name]
         self.labels, self.record, self.parts, record.labels, record.made = labels, record, {}, labels, []
-        for self.at, op in enumerate(record.ops): self.step(op)
+        for self.at, (op, needed) in enumerate(zip(record.ops, self.needed(record))):
+            if needed: self.step(op)
+            else: record.made.append(None)
         for r in record.outputs:
             for l in self.of(r): self.pin(l, 'it is an output of the model')
+
+    def needed(self, record): # one boolean per operator: does anything read what it makes?
+        used, out = {r.id for r in record.outputs}, []
+        for op in reversed(record.ops):
+            out.append(not op.outs or op.func._schema.is_mutable or any(r.id in used for r in op.outs))
+            if out[-1]: used.update(r.id for r in tensors_in([op.args, op.kwargs]))
+        return out[::-1]
 
     def step(self, op):
         self.op = op
@@ -54,6 +64,13 @@ class Flow:
         else: outs = f(self, op)
         for r, l in zip(op.outs, outs): self.put(r, l)
         self.record.made.append([self.labels[r.id] for r in op.outs])
+
+    def settle(self):
+        "Decide every split"
+        wild = np.zeros(self.atoms.n, bool)
+        for w in self.wilds: wild[w] = True
+        settle(self.atoms, self.splits, self.heads, wild)
+        self.splits = []
 
     def put(self, r, l):
         if len(l) != len(r.shape) or any(a is not None and len(a) != n for a, n in zip(l, r.shape)):
@@ -92,6 +109,8 @@ class Flow:
                 l, seen = (self.same(l, ls[-d]), True) if seen else (ls[-d], True)
             out.append(l)
         return out[::-1]
+    def part(self, a, k): # part k of an axis that is cut
+        if a is not None and len(a): self.tags.append((a, np.uint64(hash((self.at, k, 'part')) & (1 << 62) - 1)))
     def split(self, a, sizes, dims=None, prefer=None): # labels of the factors of an axis
         if a is None:
             self.pins(dims or [], 'it is part of an axis that cannot shrink')
@@ -105,13 +124,13 @@ class Flow:
         dims = [self.atoms.fresh(n) if n > 1 else None for n in sizes] if dims is None else dims
         self.splits.append(Split(flat, dims, self.why('a reshape ties it'), prefer))
         return dims
-    def merge(self, dims, sizes): # labels of an axis made of several
+    def merge(self, dims, sizes, prefer=None): # labels of an axis made of several
         live = [d for d, a in enumerate(dims) if a is not None]
         if not live: return None
         along = lambda d: dims[d].reshape([-1 if i == d else 1 for i in range(len(sizes))])
         if len(live) == 1: return np.broadcast_to(along(live[0]), sizes).ravel()
         flat = self.atoms.fresh(math.prod(sizes))
-        self.splits.append(Split(flat.reshape(sizes), dims, self.why('a reshape ties it')))
+        self.splits.append(Split(flat.reshape(sizes), dims, self.why('a reshape ties it'), prefer))
         return flat
 
 # %% ../../nbs/prune/rules.ipynb #b7f54392
@@ -131,9 +150,9 @@ def pointwise(f, op):
     l = f.align(ts, op.outs[0].shape) if op.outs else []
     return [l for _ in op.outs]
 
-rule('clone', 'detach', 'alias', '_to_copy', 'lift_fresh', 'lift_fresh_copy', 'contiguous', 'lift', 'copy_', 'native_dropout', 'bernoulli_', 'bernoulli', 'uniform_', 'normal_', 'exponential_', 'random_', 'zero_', 'fill_',
-     '_conj', 'resolve_conj', 'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like', 'masked_fill', 'masked_fill_', 'where', '_local_scalar_dense', 'prelu', '_prelu_kernel', 'clamp', 'detach_',
-     'rrelu_with_noise', 'gelu', '_fused_dropout', 'hardswish', 'hardswish_', 'hardsigmoid', 'hardsigmoid_', 'silu', 'silu_', 'mish', 'mish_', 'celu', 'elu', 'elu_', 'selu', 'softplus', 'leaky_relu', 'leaky_relu_', 'softshrink', 'hardshrink', 'erf', 'log_sigmoid', 'logsigmoid', 'sigmoid', 'tanh', 'relu6', 'polar', 'complex', 'nan_to_num', 'bitwise_not', 'addcmul', 'addcdiv', 'lerp', 'real', 'imag', 'view_as', 'threshold', 'hardtanh', 'hardtanh_', 'log_sigmoid_forward', 'fake_quantize_per_tensor_affine')(pointwise)
+rule('detach', 'detach_', 'alias', 'clone', '_to_copy', 'copy_', 'copy', 'lift', 'lift_fresh', 'lift_fresh_copy', '_conj', 'resolve_conj', 'zero_', 'fill_', 'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like',
+     'native_dropout', '_fused_dropout', 'bernoulli', 'bernoulli_', 'uniform_', 'normal_', 'exponential_', 'random_', 'where', 'masked_fill', 'masked_fill_', 'complex', 'polar',
+     '_prelu_kernel', 'rrelu_with_noise', 'log_sigmoid_forward', 'hardswish', 'hardswish_', 'mish_')(pointwise)
 
 @rule('_local_scalar_dense', 'equal', 'is_nonzero', '_assert_async', '_assert_tensor_metadata', 'sym_size')
 def _nothing(f, op): return []
@@ -141,7 +160,7 @@ def _nothing(f, op): return []
 @rule('zeros', 'ones', 'full', 'empty', 'new_zeros', 'new_ones', 'new_empty', 'new_full', 'empty_strided', 'new_empty_strided', 'rand', 'randn', 'scalar_tensor', 'empty_permuted')
 def _made(f, op): return [[f.wild(n) for n in r.shape] for r in op.outs]
 
-@rule('arange', 'linspace', 'eye', 'randint', 'tril_indices', 'triu_indices', 'nonzero', 'randperm', 'bincount', 'histc', 'hann_window', 'unique_consecutive', '_unique2', 'unique_dim', 'nms', 'tril', 'triu', 'diff', 'bucketize', 'searchsorted', 'isin', 'masked_select', 'one_hot', 'logspace', '_assert_scalar', 'multinomial')
+@rule('arange', 'linspace', 'eye', 'randint', 'tril_indices', 'triu_indices', 'nonzero', 'randperm', 'bincount', 'histc', 'hann_window', 'unique_consecutive', '_unique2', 'unique_dim', 'nms', 'repeat_interleave', 'as_strided', 'as_strided_', 'affine_grid_generator', 'bucketize', 'searchsorted', 'isin', 'masked_select', 'logspace', '_assert_scalar', 'multinomial')
 def _fixed(f, op):
     for r in tensors_in([op.args, op.kwargs]): f.pins(f.of(r), f'{op.name} looks at every index')
     return [[None]*len(r.shape) for r in op.outs]

@@ -40,11 +40,18 @@ def _bmm(f, op):
 def _added(f, r, ndim): return [None]*(ndim - len(r.shape)) + f.of(r)
 def _added_shape(r, ndim): return (1,)*(ndim - len(r.shape)) + r.shape
 
-@rule('addmm', 'addbmm')
+@rule('addmm')
 def _addmm(f, op):
     a, b = f.of(op.args[1]), f.of(op.args[2])
     _last(f, a[1], b[0]); _producer(f, op.args[2], b[1]); _producer(f, op.args[1], a[0])
     return [[f.same(c, l) if n > 1 else l for c, l, n in zip(_added(f, op.args[0], 2), [a[0], b[1]], _added_shape(op.args[0], 2))]]
+
+@rule('addbmm')
+def _addbmm(f, op):
+    a, b = f.of(op.args[1]), f.of(op.args[2])
+    f.same(a[0], b[0], 'a product sums over it'); _last(f, a[2], b[1])
+    for l in (a[1], b[2]): _producer(f, None, l)
+    return [[f.same(c, l) if n > 1 else l for c, l, n in zip(_added(f, op.args[0], 2), [a[1], b[2]], _added_shape(op.args[0], 2))]]
 
 @rule('mv', 'dot', 'vdot')
 def _mv(f, op):
@@ -60,22 +67,19 @@ def _linear(f, op):
     if arg(op, 2, 'bias') is not None: out = f.same(out, f.of(op.args[2])[0])
     return [[*x[:-1], out]]
 
-@rule('_grouped_mm', 'grouped_mm', 'grouped_mm_fallback')
+@rule('_grouped_mm', 'grouped_mm_fallback')
 def _grouped_mm(f, op):
     a, b = f.of(op.args[0]), f.of(op.args[1])
     if len(b) == 3 and len(a) == 2:
-        f.pin(b[0], 'experts are told apart by it'); _last(f, a[1], b[1]); _producer(f, None, b[2])
-        return [[a[0], b[2]]]
+        f.pins([a[0], b[0], *(l for r in tensors_in([op.args[2:], op.kwargs]) for l in f.of(r))], 'experts are told apart by it')
+        _last(f, a[1], b[1]); _producer(f, None, b[2])
+        return [[None, b[2]]]
     return unknown(f, op)
 
-@rule('ger', 'outer')
-def _outer(f, op): return [[f.of(op.args[0])[0], f.of(op.args[1])[0]]]
-
 # %% ../../nbs/prune/rules_layers.ipynb #96e077ba
-@rule('convolution', '_convolution', 'convolution_overrideable', 'mkldnn_convolution', 'cudnn_convolution')
+@rule('convolution', '_convolution', 'convolution_overrideable')
 def _convolution(f, op):
     x, w, bias = op.args[:3]
-    if op.name != 'convolution' and op.name != '_convolution' and op.name != 'convolution_overrideable': return unknown(f, op)
     stride, padding, dilation, transposed, _, g = op.args[3:9]
     nd = len(w.shape) - 2
     lx, lw, out = f.of(x), f.of(w), op.outs[0]
@@ -97,12 +101,13 @@ def _convolution(f, op):
         whole, part = (lw[0], lw[1]) if transposed else (lw[0], lw[1])
         one = lambda n, a: a if n > 1 else None
         if transposed: # weight: (g i) o
-            i_l = f.split(whole, [g, n_in], [G, f.atoms.fresh(n_in) if n_in > 1 else None], prefer=1) if whole is not None else [None, None]
-            f.split(lx[at], [g, n_in], [G, i_l[1]], prefer=1)
-            made = f.merge([G, one(n_out, part)], [g, n_out]) if n_out > 1 else G
+            first = 0 if n_in == 1 or g > max(n_in, n_out) else 1
+            i_l = f.split(whole, [g, n_in], [G, f.atoms.fresh(n_in) if n_in > 1 else None], prefer=first) if whole is not None else [None, None]
+            f.split(lx[at], [g, n_in], [G, i_l[1]], prefer=first)
+            made = f.merge([G, one(n_out, part)], [g, n_out], first) if n_out > 1 else G
             _producer(f, w, part if n_out > 1 else None); _producer(f, w, whole)
         else: # weight: (g o) i
-            big = g > max(n_in, n_out)
+            big = n_in == 1 or g > max(n_in, n_out)
             f.split(lx[at], [g, n_in], [G, one(n_in, part)], prefer=0 if big else 1)
             f.split(whole, [g, n_out], [G, f.atoms.fresh(n_out) if n_out > 1 else None], prefer=0 if big else 1)
             made = whole
@@ -115,21 +120,21 @@ def _deform(f, op):
     x, w, offset, mask, bias = op.args[:5]
     lx, lw = f.of(x), f.of(w)
     g, og = op.args[11], op.args[12]
-    f.pins(lw[2:] + f.of(offset) + f.of(mask), 'it holds offsets of a deformable convolution')
+    f.pins([lx[0], *lx[2:], *lw[2:], *f.of(offset), *f.of(mask)], 'it is where a deformable convolution looks')
     if g != 1 or og != 1: f.pins([lx[1], lw[0], lw[1]], 'a deformable convolution with groups')
     else: _last(f, lx[1], lw[1]); _producer(f, w, lw[0])
     made = f.same(lw[0], f.of(bias)[0])
-    return [[lx[0], made, None, None]]
+    return [[None, made, None, None]]
 
 # %% ../../nbs/prune/rules_layers.ipynb #f1d7198b
-@rule('native_batch_norm', '_native_batch_norm_legit', '_native_batch_norm_legit_no_training', 'cudnn_batch_norm', 'batch_norm', '_batch_norm_with_update', '_batch_norm_no_update', 'native_batch_norm_legit')
+@rule('native_batch_norm', '_native_batch_norm_legit', '_native_batch_norm_legit_no_training', 'cudnn_batch_norm', 'batch_norm', '_batch_norm_with_update', '_batch_norm_no_update')
 def _batch_norm(f, op):
     l = list(f.of(op.args[0]))
     c = l[1]
     for r in op.args[1:5]:
         if isinstance(r, Ref): c = f.same(c, f.of(r)[0])
     l[1] = c
-    training = op.name != '_native_batch_norm_legit_no_training' and op.args[5] if not isinstance(op.args[5], float) else False
+    training = next((a for a in op.args[3:6] if isinstance(a, bool)), op.name == '_batch_norm_with_update')
     if training:
         for d in range(len(l)):
             if d != 1: f.pin(l[d], 'statistics are taken over it'); l[d] = None
@@ -181,21 +186,14 @@ def _embedding(f, op):
 @rule('_embedding_bag', '_embedding_bag_forward_only')
 def _embedding_bag(f, op):
     l = f.of(op.args[0])
-    f.pin(l[0], 'it is looked up by index'); _producer(f, op.args[0], l[1])
+    f.pins([l[0], *(a for r in tensors_in([op.args[1:], op.kwargs]) for a in f.of(r))], 'it is looked up by index'); _producer(f, op.args[0], l[1])
     return [[None, l[1]]] + [[None]*len(r.shape) for r in op.outs[1:]]
 
 @rule('index', '_unsafe_index')
 def _index(f, op):
-    l, out = list(f.of(op.args[0])), _indexed(f, op, op.args[0], op.args[1], op.outs[0].shape if op.outs else None)
-    return [out]
-
-def _indexed(f, op, x, indices, shape):
-    l = f.of(x)
-    used, d = [], 0
-    for r in indices:
-        if r is None: d += 1; continue
-        n = 1
-        used += range(d, d + n); d += n
+    x, indices, shape = op.args[0], op.args[1], op.outs[0].shape
+    l, used = f.of(x), [d for d, r in enumerate(indices) if r is not None]
+    _indices(f, indices)
     if sum(r is not None for r in indices) == 1 and len(shape) < len(l): # one boolean mask over several axes
         first = used[0]
         used = list(range(first, first + len(l) - len(shape) + 1))
@@ -205,37 +203,42 @@ def _indexed(f, op, x, indices, shape):
     apart = any(b - a != 1 for a, b in zip(used, used[1:]))
     at = 0 if apart or not used else used[0]
     carried = [l[d] for d in rest]
-    return [*carried[:at], *[None]*n, *carried[at:]]
+    return [[*carried[:at], *[None]*n, *carried[at:]]]
+
+def _indices(f, indices):
+    for r in tensors_in(indices): f.pins(f.of(r), 'it indexes')
 
 @rule('index_put', 'index_put_', '_index_put_impl_', '_unsafe_index_put')
 def _index_put(f, op):
     x, indices, values = op.args[:3]
-    l = list(f.of(x))
-    used = [d for d, r in enumerate(indices) if r is not None]
-    if any(len(r.shape) > 1 and r.shape == x.shape[:len(r.shape)] for r in indices if r is not None): used = list(range(max(len(r.shape) for r in indices if r is not None)))
+    l, used, m = list(f.of(x)), [d for d, r in enumerate(indices) if r is not None], max(len(r.shape) for r in indices if r is not None)
+    if any(len(r.shape) > 1 and r.shape == x.shape[:len(r.shape)] for r in indices if r is not None): used, m = list(range(m)), 1 # a boolean mask
+    _indices(f, indices)
     for d in used: f.pin(l[d], 'it is indexed'); l[d] = None
-    v, k = f.of(values), len(x.shape) - (max(used) + 1 if used else 0) # trailing axes line up
-    for i in range(1, k + 1):
-        if i <= len(v) and values.shape[-i] == x.shape[-i]: l[-i] = f.same(l[-i], v[-i])
-    f.pins(v[:max(len(v) - k, 0)], 'it is written by index')
+    v, rest = list(f.of(values)), [d for d in range(len(l)) if d not in used]
+    before = [] if used[-1] - used[0] >= len(used) else [d for d in rest if d < used[0]] # axes of values: before, those of the indices, the others
+    for i, d in enumerate(rest):
+        at = len(v) - len(rest) + i - (m if d in before else 0)
+        if at >= 0 and values.shape[at] == x.shape[d]: l[d], v[at] = f.same(l[d], v[at]), None
+    f.pins(v, 'it is written by index')
     return [l]
 
 @rule('index_select')
 def _index_select(f, op):
     l, d = list(f.of(op.args[0])), op.args[1]
-    f.pin(l[d], 'it is indexed')
+    f.pin(l[d], 'it is indexed'); _indices(f, op.args[2])
     l[d] = None
     return [l]
 
 @rule('index_add', 'index_add_', 'index_copy', 'index_copy_', 'index_reduce_', 'index_fill_', 'index_fill')
 def _index_add(f, op):
     l, d = list(f.of(op.args[0])), op.args[1]
-    f.pin(l[d], 'it is indexed')
-    if isinstance(op.args[3], Ref) and len(op.args[3].shape) == len(l): l = [None if i == d else f.same(a, b) for i, (a, b) in enumerate(zip(l, f.of(op.args[3])))]
+    f.pin(l[d], 'it is indexed'); _indices(f, op.args[2])
+    if isinstance(op.args[3], Ref) and len(op.args[3].shape) == len(l): l = [None if i == d else f.same(a, b) for i, (a, b) in enumerate(zip(l, f.of(op.args[3])))]; f.pin(f.of(op.args[3])[d], 'it is written by index')
     l[d] = None
     return [l]
 
-@rule('gather', 'scatter', 'scatter_', 'scatter_add', 'scatter_add_', 'scatter_reduce', 'scatter_reduce_', 'take_along_dim')
+@rule('gather', 'scatter', 'scatter_', 'scatter_add', 'scatter_add_', 'scatter_reduce', 'scatter_reduce_')
 def _gather(f, op):
     x, d = op.args[0], op.args[1]
     l = list(f.of(x))
@@ -253,26 +256,27 @@ def _gather(f, op):
     return [l]
 
 # %% ../../nbs/prune/rules_layers.ipynb #38d84452
-_spatial = {'1d': 1, '2d': 2, '3d': 3}
 def _pictures(f, op): # all but the last axes, over which something slides
     x, out = op.args[0], op.outs[0]
-    k = next((n for s, n in _spatial.items() if s in op.name), 2)
+    k = next(k for k in (1, 2, 3) if f'{k}d' in op.name)
     l = f.of(x)
     f.pins(l[-k:], f'{op.name} slides over it')
+    for r in op.args[1:]: # where to put what was pooled, or random numbers
+        if not isinstance(r, Ref): continue
+        o = f.of(r)
+        f.pins(o[len(l)-k:], f'{op.name} reads it')
+        l = [f.same(a, b) for a, b in zip(l[:-k], o)] + l[-k:]
     return [[*l[:-k], *[None]*k] for _ in op.outs]
 
-rule(*(f'{p}{d}d{s}' for d in (1, 2, 3) for s in ('', '_with_indices', '_vec') for p in ('max_pool', 'avg_pool', '_adaptive_avg_pool', 'adaptive_avg_pool', 'adaptive_max_pool', 'mkldnn_max_pool',
-     'reflection_pad', 'replication_pad', 'upsample_nearest', '_upsample_nearest_exact', 'upsample_bilinear', 'upsample_linear', 'upsample_trilinear', 'upsample_bicubic', '_upsample_bicubic', 'fractional_max_pool')),
-     '_upsample_bicubic2d_aa', '_upsample_bilinear2d_aa', 'max_unpool2d', 'upsample_linear1d', 'upsample_trilinear3d')(_pictures)
+rule(*(f'{name}{d}d' for d in (1, 2, 3) for name in ('avg_pool', 'adaptive_avg_pool', 'adaptive_max_pool', 'reflection_pad', 'replication_pad', 'upsample_nearest', '_upsample_nearest_exact')),
+     *(f'{name}{d}d' for d in (2, 3) for name in ('_adaptive_avg_pool', 'mkldnn_max_pool', 'fractional_max_pool', 'max_unpool')), 'max_pool2d_with_indices', 'max_pool3d_with_indices',
+     'upsample_linear1d', 'upsample_bilinear2d', 'upsample_bicubic2d', '_upsample_bilinear2d_aa', '_upsample_bicubic2d_aa', 'upsample_trilinear3d')(_pictures)
 
-@rule('grid_sampler_2d', 'grid_sampler_3d', 'grid_sampler', 'roi_align', 'roi_pool', '_roi_align', 'cudnn_grid_sampler')
+@rule('grid_sampler_2d', 'grid_sampler_3d', 'cudnn_grid_sampler', 'roi_align', 'roi_pool')
 def _sampled(f, op):
     l = f.of(op.args[0])
-    f.pins(l[2:], 'it is sampled'); f.pins(f.of(op.args[1]), 'it says where to sample')
-    return [[l[0] if op.outs[0].shape[0] == op.args[0].shape[0] else None, l[1], *[None]*(len(op.outs[0].shape) - 2)] for _ in op.outs[:1]] + [[None]*len(r.shape) for r in op.outs[1:]]
-
-@rule('affine_grid_generator')
-def _affine(f, op): return [[None]*len(op.outs[0].shape)]
+    f.pins([l[0], *l[2:]], 'it is sampled'); f.pins(f.of(op.args[1]), 'it says where to sample')
+    return [[None, l[1], *[None]*(len(r.shape) - 2)] for r in op.outs]
 
 @rule('im2col')
 def _im2col(f, op):
@@ -283,6 +287,7 @@ def _im2col(f, op):
 @rule('col2im')
 def _col2im(f, op):
     l, k = f.of(op.args[0]), math.prod(op.args[2])
+    f.pin(l[-1], 'a kernel slides over it')
     return [[*l[:-2], _blocks(f, l[-2], k), None, None]]
 
 def _blocks(f, a, k): # k neighbours become one
@@ -294,14 +299,16 @@ def _blocks(f, a, k): # k neighbours become one
 @rule('pixel_shuffle')
 def _pixel_shuffle(f, op):
     l = f.of(op.args[0])
+    f.pins(l[-2:], 'its indices are interleaved')
     return [[*l[:-3], _blocks(f, l[-3], op.args[1]**2), None, None]]
 
 @rule('pixel_unshuffle')
 def _pixel_unshuffle(f, op):
     l = f.of(op.args[0])
+    f.pins(l[-2:], 'its indices are interleaved')
     return [[*l[:-3], None if l[-3] is None else np.repeat(l[-3], op.args[1]**2), None, None]]
 
-@rule('channel_shuffle', 'native_channel_shuffle')
+@rule('channel_shuffle')
 def _channel_shuffle(f, op):
     l, g = list(f.of(op.args[0])), op.args[1]
     if l[1] is not None:

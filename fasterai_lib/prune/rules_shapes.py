@@ -44,7 +44,7 @@ def _permute(f, op):
     l = f.of(op.args[0])
     return [[l[d] for d in op.args[1]]]
 
-@rule('transpose', 'transpose_', 'swapaxes')
+@rule('transpose', 'transpose_')
 def _transpose(f, op):
     l = list(f.labels.get(op.args[0].id) or [None]*len(op.outs[0].shape))
     if len(l) != len(op.outs[0].shape): l = [None]*len(op.outs[0].shape)
@@ -52,7 +52,7 @@ def _transpose(f, op):
     l[a], l[b] = l[b], l[a]
     return [l]
 
-@rule('t', 't_', 'numpy_T')
+@rule('t', 't_')
 def _t(f, op): return [f.of(op.args[0])[::-1]]
 
 @rule('squeeze', 'squeeze_', 'unsqueeze', 'unsqueeze_')
@@ -67,7 +67,7 @@ def _expand(f, op):
     l, pad = f.of(x), len(new) - len(x.shape)
     return [[l[d - pad] if d >= pad and x.shape[d - pad] == n else f.wild(n) for d, n in enumerate(new)]]
 
-@rule('repeat', 'tile')
+@rule('repeat')
 def _repeat(f, op):
     x, new = op.args[0], op.outs[0].shape
     l, pad = f.of(x), len(new) - len(x.shape)
@@ -77,14 +77,7 @@ def _repeat(f, op):
         out.append(a if m == n else f.wild(n) if m == 1 else None if a is None else np.tile(a, n//m))
     return [out]
 
-@rule('repeat_interleave')
-def _repeat_interleave(f, op):
-    if len(op.args) < 2 or isinstance(op.args[1], Ref): return unknown(f, op)
-    l, d = list(f.of(op.args[0])), arg(op, 2, 'dim')
-    if l[d] is not None: l[d] = np.repeat(l[d], op.args[1])
-    return [l]
-
-@rule('slice', 'narrow')
+@rule('slice')
 def _slice(f, op):
     x, d = op.args[0], (arg(op, 1, 'dim', 0)) % len(op.args[0].shape)
     l, n = list(f.of(x)), x.shape[d]
@@ -93,6 +86,7 @@ def _slice(f, op):
     s = slice(start, n if end is None else end, step).indices(n)
     whole = l[d]
     l[d] = whole[slice(*s)]
+    f.part(l[d], s)
     if step == 1 and len(l[d]): # slices that cut an axis into equal parts lose the same in each
         parts = f.parts.setdefault((x.id, d), {})
         parts[s[0]] = l[d]
@@ -109,7 +103,7 @@ def _select(f, op):
     f.pin(l.pop(d), 'one index of it is selected')
     return [l for _ in op.outs]
 
-@rule('split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes', 'chunk', 'unsafe_chunk', 'tensor_split')
+@rule('split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes')
 def _split(f, op):
     x, d, at, outs = op.args[0], arg(op, 2, 'dim', 0), 0, []
     l = f.of(x)
@@ -117,14 +111,14 @@ def _split(f, op):
     sizes = [r.shape[d] for r in op.outs]
     for n in sizes:
         part = list(l)
-        if l[d] is not None: part[d] = l[d][at:at+n]
+        if l[d] is not None: part[d] = l[d][at:at+n]; f.part(part[d], len(outs))
         at += n
         outs.append(part)
     if l[d] is not None and len(set(sizes)) == 1:
         for p in outs[1:]: f.same(outs[0][d], p[d], 'parts of equal size stay equal')
     return outs
 
-@rule('cat', 'concat')
+@rule('cat')
 def _cat(f, op):
     ts, d = [r for r in op.args[0] if r.shape != (0,)], arg(op, 1, 'dim', 0)
     if not ts: return [[None]*len(op.outs[0].shape)]
@@ -174,12 +168,6 @@ def _pad(f, op):
         if a < 0 or b < 0: f.pin(x and f.of(x)[d], 'it is cropped by a fixed number')
     return [l]
 
-@rule('as_strided', 'as_strided_')
-def _as_strided(f, op): return [f.of(op.args[0])] if op.args[0].shape == op.outs[0].shape else unknown(f, op)
-
-@rule('copy_', 'copy')
-def _copy(f, op): return [f.align(op.args[:2], op.outs[0].shape)]
-
 # %% ../../nbs/prune/rules_shapes.ipynb #f1111f8a
 def _reduced(f, op, dims, pin=True, x=None):
     x = x or op.args[0]
@@ -191,7 +179,7 @@ def _reduced(f, op, dims, pin=True, x=None):
         else: outs.append([a for d, a in enumerate(l) if d not in dims])
     return outs
 
-@rule('mean', 'var', 'std', 'var_mean', 'std_mean', 'amax', 'amin', 'aminmax', 'max', 'min', 'argmax', 'argmin', 'logsumexp', 'prod', 'median', 'nanmedian', 'any', 'all', 'mode', 'nanmean', 'kthvalue', 'count_nonzero')
+@rule('mean', 'var', 'std', 'var_mean', 'std_mean', 'amax', 'amin', 'aminmax', 'max', 'min', 'argmax', 'argmin', 'logsumexp', 'prod', 'median', 'nanmedian', 'any', 'all', 'count_nonzero')
 def _reduction(f, op):
     if len(op.args) > 1 and isinstance(op.args[1], Ref): return pointwise(f, op)
     d = arg(op, 1, 'dim')
@@ -203,9 +191,17 @@ def _sum(f, op):
     return _reduced(f, op, d if isinstance(d, (int, list, tuple)) and not isinstance(d, bool) else None, pin=False)
 
 @rule('linalg_vector_norm', 'norm')
-def _norm(f, op): return _reduced(f, op, arg(op, 2, 'dim'), pin=False)
+def _norm(f, op):
+    p = arg(op, 1, 'ord', 2)
+    return _reduced(f, op, arg(op, 2, 'dim'), pin=isinstance(p, (int, float)) and p < 0) # then zeros count
 
-@rule('_softmax', '_log_softmax', '_safe_softmax', 'softmax', 'log_softmax', 'cumsum', 'cumprod', 'sort', 'argsort', 'logcumsumexp', 'cummax', 'cumsum_')
+@rule('mode')
+def _mode(f, op): return _reduced(f, op, arg(op, 1, 'dim', -1))
+
+@rule('kthvalue')
+def _kthvalue(f, op): return _reduced(f, op, arg(op, 2, 'dim', -1))
+
+@rule('_softmax', '_log_softmax', '_safe_softmax', 'softmax', 'log_softmax', 'cumsum', 'cumprod', 'sort', 'logcumsumexp', 'cummax', 'cumsum_')
 def _along(f, op):
     l = list(f.of(op.args[0]))
     ints = [a for a in op.args[1:] if isinstance(a, int) and not isinstance(a, bool)]

@@ -24,6 +24,7 @@ class Demand:
     labels: object # What it counts
     names: tuple # Attributes that state it, where this is known
     call: object
+    index: int = None # Where in a list of sizes it is
 
 def _ints(args): return [a for x in args for a in (x if isinstance(x, (tuple, list, torch.Size)) else [x])]
 
@@ -31,8 +32,8 @@ def demands(flow, record, call):
     "The sizes in `call` that count labels"
     out, name, args, kw = [], call.name, call.args, call.kwargs
     of = lambda r: record.labels.get(r.id) or [None]*len(r.shape)
-    def add(old, labels, *names):
-        if labels is not None and isinstance(old, int) and not isinstance(old, bool) and old > 0: out.append(Demand(old, labels, names, call))
+    def add(old, labels, *names, index=None):
+        if labels is not None and isinstance(old, int) and not isinstance(old, bool) and old > 0 and len(labels): out.append(Demand(old, labels, names, call, index))
     def shape(sizes, r):
         l = of(r)
         for d, n in zip(range(len(l) - len(sizes), len(l)), sizes):
@@ -49,7 +50,7 @@ def demands(flow, record, call):
         parts = [of(r)[d] for r in call.result]
         if isinstance(sizes, int): add(sizes, parts[0])
         else:
-            for n, l in zip(sizes, parts): add(n, l)
+            for i, (n, l) in enumerate(zip(sizes, parts)): add(n, l, index=i)
     elif name in ('getitem', 'setitem'):
         x, idx = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
         if any(isinstance(i, (Ref, list)) for i in idx): return out
@@ -61,6 +62,7 @@ def demands(flow, record, call):
             if isinstance(i, slice) and l[d] is not None:
                 n = x.shape[d]
                 if isinstance(i.start, int): add(abs(i.start), l[d][:i.start] if i.start > 0 else l[d][i.start:])
+                if isinstance(i.start, int) and isinstance(i.stop, int) and 0 < i.start < i.stop <= n: add(i.stop - i.start, l[d][i.start:i.stop])
                 if isinstance(i.stop, int) and abs(i.stop) < n: add(abs(i.stop), l[d][:i.stop] if i.stop > 0 else l[d][i.stop:])
             d += 1
     elif name == 'narrow':
@@ -114,7 +116,7 @@ def candidates(model, demand):
     for path in reversed(dict.fromkeys(('', *demand.call.stack))):
         m = model.get_submodule(path)
         here = [(path, a, i) for a, i, v in stated(m) if v == demand.old]
-        here.sort(key=lambda c: (c[1].rpartition('.')[2] not in demand.names, '.' in c[1], not any(h in c[1] for h in _hints), c[2] is not None))
+        here.sort(key=lambda c: (c[1].rpartition('.')[2] not in demand.names, demand.index is not None and c[2] != demand.index, '.' in c[1], not any(h in c[1] for h in _hints), c[2] is not None and c[2] != demand.index))
         out += here
     for path in reversed(demand.call.stack):
         for n, child in model.get_submodule(path).named_children():
@@ -122,20 +124,20 @@ def candidates(model, demand):
     return out
 
 # %% ../../nbs/prune/sizes.ipynb #f2fab513
-def restate(m, old): # old: parameter name to shape
-    "Let a module of a known kind state its new sizes"
-    w = m._parameters.get('weight')
-    if 'weight' not in old or w is None: w = next((m._parameters.get(n) if m._parameters.get(n) is not None else m._buffers.get(n) for n in old), None)
-    if w is None: return
-    before, after = next(iter(old.values())) if 'weight' not in old else old['weight'], tuple(w.shape)
+def restate(m, name, before, after): # name: of the tensor in the module; before, after: its shapes
+    "Let a module of a known kind state the size of a tensor that was cut"
     if isinstance(m, nn.MultiheadAttention):
-        m.num_heads = m.out_proj.weight.shape[1]//m.head_dim
-        if m.out_proj.weight.shape[1] != m.embed_dim: m.__class__, m._qkv_same_embed_dim = PrunedMultiheadAttention, m._qkv_same_embed_dim
-        return
-    if isinstance(m, nn.modules.conv._ConvNd):
-        t = m.transposed
-        m.out_channels, m.in_channels = (after[1]*m.groups, after[0]) if t else (after[0], after[1]*m.groups)
-        return
-    for k, d in (('out_features', 0), ('in_features', 1), ('num_features', 0), ('num_channels', 0), ('embedding_dim', 1), ('num_embeddings', 0), ('nf', 1), ('nx', 0), ('out_channels', 0), ('in_channels', 1)):
-        if d < len(before) and getattr(m, k, None) == before[d] and isinstance(getattr(m, k), int): setattr(m, k, after[d])
-    if getattr(m, 'normalized_shape', None) == before: m.normalized_shape = after
+        inner = m.in_proj_weight.shape[0]//3 if m.in_proj_weight is not None else m.q_proj_weight.shape[0]
+        m.num_heads, m.embed_dim = inner//m.head_dim, m.out_proj.weight.shape[0]
+        if m.in_proj_weight is not None: m.kdim = m.vdim = m.in_proj_weight.shape[1]
+        else: m.kdim, m.vdim = m.k_proj_weight.shape[1], m.v_proj_weight.shape[1]
+        if inner != m.embed_dim: m.__class__ = PrunedMultiheadAttention
+    elif isinstance(m, (nn.RNNBase, nn.RNNCellBase)):
+        if name in ('weight_ih', 'weight_ih_l0'): m.input_size = after[1]
+        if name in ('weight_hh', 'weight_hh_l0') and not getattr(m, 'proj_size', 0): m.hidden_size = after[1]
+    elif isinstance(m, nn.modules.conv._ConvNd):
+        if name == 'weight': m.out_channels, m.in_channels = (after[1]*m.groups, after[0]) if m.transposed else (after[0], after[1]*m.groups)
+    elif name in ('weight', 'running_mean'):
+        for k, d in (('out_features', 0), ('in_features', 1), ('num_features', 0), ('num_channels', 0), ('embedding_dim', 1), ('num_embeddings', 0), ('nf', 1), ('nx', 0), ('out_channels', 0), ('in_channels', 1)):
+            if d < len(before) and isinstance(n := getattr(m, k, None), int) and n == before[d]: setattr(m, k, after[d])
+        if getattr(m, 'normalized_shape', None) == before: m.normalized_shape = after
