@@ -13,6 +13,13 @@ from .core.granularity import Granularities, Tile, spans
 from .core.masks import Mask, Masks
 from .core.schedule import *
 from .core.units import Units, layers_of, units_of
+from .prune.blocks import remove_blocks, remove_layer
+from .prune.graph import Group, UnitGraph, trace
+from .prune.plan import Plan, load_plan, load_pruned, save_pruned
+from .prune.prune_callback import PruneCallback, shrink
+from .prune.pruner import Pruner
+from .prune.rules import rule, rules
+from .prune.surgery import fold_batchnorm, prune_parameter, prune_units
 from .show.granularities import *
 from .show.report import SparsityReport
 from .sparse.sparsifier import Sparsifier

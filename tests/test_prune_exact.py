@@ -179,14 +179,12 @@ ratio = st.integers(10, 90)
 CRITERIA = st.sampled_from(['large_final', 'squared_final', 'small_final', 'random'])
 
 
-@pytest.mark.xfail(strict=True, reason='sizes of tied or weight-normed convolutions, and others')
 @some
 @given(nd=st.sampled_from([2, 2, 1, 3]), c=even, makers=st.lists(st.one_of(pictures), min_size=1, max_size=3), flatten=flag, aux=st.sampled_from([0, 0, 4]), norm=flag, percent=ratio, criteria=CRITERIA)
 def test_pictures(nd, c, makers, flatten, aux, norm, percent, criteria):
     check(zoo.Picture(nd, c, makers, flatten, aux, norm), torch.randn(2, 3, *[4]*nd, generator=torch.Generator().manual_seed(0)), percent, criteria)
 
 
-@pytest.mark.xfail(strict=True, reason='tied heads, recurrent input_size, one head left')
 @some
 @given(c=even, makers=st.lists(st.one_of(sequences), min_size=1, max_size=3), norm=st.sampled_from(['layer', 'rms', 'none']), position=st.sampled_from(['parameter', 'embedding', 'none']),
        tied=flag, percent=ratio, criteria=CRITERIA)
@@ -211,19 +209,16 @@ STEPS = {f'{name} {args}': partial(f, **args) for name, f, argss in [
     ('mlp', zoo.Mlp, [dict(h=7), dict(h=7, kind='swiglu'), dict(h=7, kind='chunk')]),
     ('recurrent', zoo.Recurrent, [dict(h=4, kind=k, layers=l, both=b) for k in ('LSTM', 'GRU') for l in (1, 2) for b in (False, True)])] for args in argss}
 
-BROKEN = {'twice': 'sizes of tied or weight-normed convolutions', 'weight norm': 'sizes of tied or weight-normed convolutions', 'up': 'depthwise transposed convolution prunes places in its groups',
-    'recurrent': 'input_size of recurrent layers', 'split': 'equal sizes in a list'}
-def known(names, broken): return [pytest.param(n, marks=pytest.mark.xfail(strict=True, reason=BROKEN.get(n.split(' {')[0], 'a tied head states its old size'))) if broken(n) else n for n in names]
 
 @pytest.mark.parametrize('percent', [30, 50, 70])
-@pytest.mark.parametrize('name', known(ONES, lambda n: n in ("twice {'h': 6}", "up {'h': 4, 'g': 4, 'k': 2}", "split {'sizes': [4, 4, 4]}") or 'weight norm' in n))
+@pytest.mark.parametrize('name', ONES)
 def test_each_picture_block(name, percent):
     check(zoo.Picture(2, 6, [ONES[name]], percent == 30, 4 if percent == 70 else 0), IMAGE, percent)
 
 @pytest.mark.parametrize('name', STEPS)
 def test_each_sequence_block(name): check(zoo.Sequence(8, [STEPS[name], partial(zoo.Mlp, h=6)], 'layer'), TOKENS, 50)
 
-@pytest.mark.parametrize('name', known(STEPS, lambda n: True))
+@pytest.mark.parametrize('name', STEPS)
 def test_each_sequence_block_without_norms(name): # and with the head tied to the embedding
     check(zoo.Sequence(8, [STEPS[name], partial(zoo.Mlp, h=6)], 'none', tied=True), TOKENS, 50)
 

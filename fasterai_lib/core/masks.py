@@ -108,6 +108,7 @@ def zero_fresh_(
 def masks_of(units: Units, keep: torch.Tensor # One boolean per unit, flat
     ) -> dict: # Parameter name to `Mask`
     "The masks of every parameter of `units`, sharing one tensor"
+    if hasattr(units, 'masks'): return units.masks(keep)
     return {s.name: Mask(s.grid, keep.view(s.grid.shape), s in units.followers) for s in units.shares + units.followers}
 
 # %% ../../nbs/core/masks.ipynb #9034caf1

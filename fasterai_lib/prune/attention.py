@@ -13,8 +13,18 @@ from torch.nn import functional as F
 # %% ../../nbs/prune/attention.ipynb #8e95ac7f
 class PrunedMultiheadAttention(nn.MultiheadAttention):
     "`nn.MultiheadAttention` with any number of heads: their widths need not add up to the embedding's"
-    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
+    def forward(self,
+        query, # (N, L, E) with `batch_first`, (L, N, E) without, (L, E) for one example
+        key, # (N, S, kdim), likewise
+        value, # (N, S, vdim), likewise
+        key_padding_mask=None, # (N, S): True, or -inf, where a key is not to be looked at
+        need_weights=True, # Also return the weights of attention?
+        attn_mask=None, # (L, S) or (N*heads, L, S), the heads being those left
+        average_attn_weights=True, # Their mean over the heads, or each?
+        is_causal=False, # Says that `attn_mask` is causal
+    ):
         "As in `nn.MultiheadAttention`"
+        if is_causal and attn_mask is None: raise RuntimeError("is_causal needs attn_mask too, as in nn.MultiheadAttention")
         single = query.dim() == 2
         if single: query, key, value = (x.unsqueeze(0) for x in (query, key, value))
         elif not self.batch_first: query, key, value = (x.transpose(0, 1) for x in (query, key, value))
@@ -27,14 +37,15 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
         if self.bias_k is not None: k, v, added = torch.cat([k, self.bias_k.expand(n, -1, -1)], 1), torch.cat([v, self.bias_v.expand(n, -1, -1)], 1), 1
         if self.add_zero_attn: k, v, added = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), added + 1
         q, k, v = (x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
-        mask = self._joined(attn_mask, key_padding_mask, n, heads, q)
+        causal = is_causal and key_padding_mask is None and not need_weights # then nn.MultiheadAttention trusts the word, not the mask
+        mask = None if causal else self._joined(attn_mask, key_padding_mask, n, heads, q)
         if mask is not None and added: mask = F.pad(mask, (0, added))
         if need_weights:
             scores = q @ k.transpose(-2, -1)/self.head_dim**.5
             p = F.dropout(F.softmax(scores if mask is None else scores + mask, -1), self.dropout, self.training)
             out = p @ v
             p = p.mean(1) if average_attn_weights else p
-        else: out, p = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.), None
+        else: out, p = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0., is_causal=causal), None
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if single: return out.squeeze(0), None if p is None else p.squeeze(0)
         return (out if self.batch_first else out.transpose(0, 1)), p

@@ -18,7 +18,7 @@ from torch import nn
 from ..core.granularity import suggest
 from .plan import Plan, masks_for, sources
 from .record import Recorder, tensors_in
-from . import rules_layers, rules_shapes # they register the operators
+from . import rules_layers, rules_lookups, rules_shapes # they register the operators
 from .rules import Flow
 
 # %% ../../nbs/prune/graph.ipynb #f610299d

@@ -11,17 +11,21 @@ import numpy as np
 # %% ../../nbs/prune/labels.ipynb #e1545d68
 class Atoms:
     "Indices of axes, and which of them live and die together: a union-find over whole arrays; atom 0 is what never dies"
-    def __init__(self): self.parent, self.n, self.events = np.zeros(1 << 12, np.int64), 1, []
+    def __init__(self): self.parent, self.n, self.events = np.zeros(1 << 12, np.int64), 1, [] # events: (a, b, why) of all that was united
 
-    def fresh(self, n: int) -> np.ndarray:
-        "`n` new atoms"
+    def fresh(self,
+        n: int, # How many
+    ) -> np.ndarray:
+        "New atoms, each a set of its own"
         while self.n + n > len(self.parent): self.parent = np.concatenate([self.parent, np.zeros_like(self.parent)])
         new = np.arange(self.n, self.n + n)
         self.parent[new] = new
         self.n += n
         return new
 
-    def find(self, a: np.ndarray) -> np.ndarray:
+    def find(self,
+        a: np.ndarray, # Atoms, in any shape
+    ) -> np.ndarray:
         "The root of each atom"
         p, r = self.parent, self.parent[a]
         while True:
@@ -31,7 +35,11 @@ class Atoms:
         p[a] = r
         return r
 
-    def unify(self, a: np.ndarray, b: np.ndarray, why=None):
+    def unify(self,
+        a: np.ndarray, # Atoms
+        b: np.ndarray, # As many; or broadcast
+        why=None, # The reason, which `path_to_pin` tells
+    ) -> bool: # Is anything new?
         "Let the atoms of `a` and `b` be the same, one by one"
         a, b = np.broadcast_arrays(a, b)
         merged = False
@@ -45,9 +53,16 @@ class Atoms:
         if merged: self.events.append((a.ravel(), b.ravel(), why))
         return merged
 
-    def pin(self, a: np.ndarray, why=None): return self.unify(np.asarray(a).ravel(), np.zeros(1, np.int64), why)
+    def pin(self,
+        a: np.ndarray, # Atoms
+        why=None, # The reason
+    ) -> bool: # Is anything new?
+        "These never die"
+        return self.unify(np.asarray(a).ravel(), np.zeros(1, np.int64), why)
 
-    def path_to_pin(self, atom) -> list: # of reasons, the nearest first
+    def path_to_pin(self,
+        atom: int, # An atom that never dies
+    ) -> list: # Of reasons, the nearest first
         "Why an atom never dies: the chain of what it was unified with"
         came, front = {int(atom): None}, {int(atom)}
         while front and 0 not in came:
@@ -64,25 +79,40 @@ class Atoms:
             if why and (not out or out[-1] != why): out.append(why)
         return out[::-1]
 
-    def free(self, a) -> bool:
+    def free(self,
+        a: 'np.ndarray | None', # Atoms
+    ) -> bool:
         "May any of these die?"
         return a is not None and bool(self.find(a.ravel()).any())
 
-# %% ../../nbs/prune/labels.ipynb #10476c37
+# %% ../../nbs/prune/labels.ipynb #2e592178
 class Split:
     "An axis seen as several: what dies along it dies along one of them"
-    def __init__(self, flat, dims, why, prefer=None): # flat: atoms in the shape of dims; dims: atoms of each, None for one that never dies
+    def __init__(self,
+        flat: np.ndarray, # Atoms of the axis, in the shape of `dims`
+        dims: list, # Atoms of each axis it is seen as; None for one that never dies
+        why, # The reason
+        prefer: int = None, # The one of `dims` to keep where nothing decides
+    ):
         self.flat, self.dims, self.why, self.prefer = flat, dims, why, prefer
 
     def _along(self, d): return self.dims[d].reshape([-1 if i == d else 1 for i in range(len(self.dims))])
 
-    def choose(self, atoms, d, why=None):
+    def choose(self,
+        atoms: Atoms, # They are changed
+        d: 'int | None', # What dies along the axis dies along this dim; None: nothing dies
+        why=None, # The reason
+    ):
+        "Decide it: the other dims stay whole"
         for i, a in enumerate(self.dims):
             if i != d and a is not None: atoms.pin(a, why or self.why)
         if d is None: atoms.pin(self.flat, why or self.why)
         else: atoms.unify(self.flat.ravel(), np.broadcast_to(self._along(d), self.flat.shape).ravel(), self.why)
 
-    def forced(self, atoms): # the dim that is the only possible one: a number, None for none, or ... while several are
+    def forced(self,
+        atoms: Atoms, # As they are now
+    ): # A number, None when nothing can die, or ... while several dims are possible
+        "The dim that is the only possible one"
         free = [d for d, a in enumerate(self.dims) if atoms.free(a)]
         if len(free) <= 1: return free[0] if free else None
         r = atoms.find(self.flat)
@@ -93,7 +123,13 @@ class Split:
         self.free, self.vary = free, vary
         return ...
 
-def settle(atoms, splits, heads, wild):
+# %% ../../nbs/prune/labels.ipynb #8e2a126f
+def settle(
+    atoms: Atoms, # They are changed
+    splits: list, # Every `Split`
+    heads: list, # Labels of the batch axes of products
+    wild: np.ndarray, # One boolean per atom: is it of a tensor that the source made?
+):
     "Decide every split: those with one possibility first, the others in order"
     heads = np.concatenate(heads) if heads else np.zeros(0, np.int64)
     waiting = list(splits)

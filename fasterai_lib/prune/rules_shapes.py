@@ -6,12 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/prune/rules_shapes.ipynb #322bc985
-import math
-
 import numpy as np
 import torch
 
-from .record import Ref, tensors_in
+from .record import Ref
 from .rules import arg, axes_of, pointwise, rule, unknown
 
 # %% ../../nbs/prune/rules_shapes.ipynb #b3a16746
@@ -39,6 +37,7 @@ def _reshaped(f, labels, old, new):
         for d, l in zip(dst, [flat] if len(dst) == 1 else f.split(flat, [new[d] for d in dst])): out[d] = l
     return out
 
+# %% ../../nbs/prune/rules_shapes.ipynb #8a49a61d
 @rule('permute')
 def _permute(f, op):
     l = f.of(op.args[0])
@@ -77,6 +76,7 @@ def _repeat(f, op):
         out.append(a if m == n else f.wild(n) if m == 1 else None if a is None else np.tile(a, n//m))
     return [out]
 
+# %% ../../nbs/prune/rules_shapes.ipynb #0eb62009
 @rule('slice')
 def _slice(f, op):
     x, d = op.args[0], (arg(op, 1, 'dim', 0)) % len(op.args[0].shape)
@@ -155,6 +155,10 @@ def _roll(f, op):
         f.pin(l[d], 'it is rolled by a fixed number')
         l[d] = None
     return [l]
+
+@rule('as_strided', 'as_strided_')
+def _as_strided(f, op): # of one shape: another layout in memory
+    return [f.of(op.args[0])] if op.args[0].shape == op.outs[0].shape else unknown(f, op)
 
 @rule('constant_pad_nd')
 def _pad(f, op):

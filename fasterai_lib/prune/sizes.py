@@ -137,7 +137,7 @@ def restate(m, name, before, after): # name: of the tensor in the module; before
         if name in ('weight_hh', 'weight_hh_l0') and not getattr(m, 'proj_size', 0): m.hidden_size = after[1]
     elif isinstance(m, nn.modules.conv._ConvNd):
         if name == 'weight': m.out_channels, m.in_channels = (after[1]*m.groups, after[0]) if m.transposed else (after[0], after[1]*m.groups)
-    elif name in ('weight', 'running_mean'):
+    elif name in ('weight', 'running_mean', 'running_var'):
         for k, d in (('out_features', 0), ('in_features', 1), ('num_features', 0), ('num_channels', 0), ('embedding_dim', 1), ('num_embeddings', 0), ('nf', 1), ('nx', 0), ('out_channels', 0), ('in_channels', 1)):
             if d < len(before) and isinstance(n := getattr(m, k, None), int) and n == before[d]: setattr(m, k, after[d])
         if getattr(m, 'normalized_shape', None) == before: m.normalized_shape = after

@@ -16,7 +16,7 @@ from torch import nn
 from ..core.granularity import suggest
 from .graph import check_model
 from .optimizer import _sliced, slice_optimizer_
-from .plan import Plan, Undo, _replace, sources
+from .plan import Plan, Undo, _replace, owner, sources
 from .pruner import Pruner
 from .record import Recorder, Ref, tensors_in
 from .sizes import restate
@@ -58,10 +58,10 @@ def prune_parameter(
         if opt is not None and isinstance(t, nn.Parameter): undo.optimizer = slice_optimizer_(opt, {t: (old, list(cut.items()))})
         _replace(t, _sliced(t, cut), None if t.grad is None else _sliced(t.grad, cut))
         for n in [n for n, x in have.items() if x is t]: # tied ones too
-            path, _, attr = n.rpartition('.')
+            path, attr = owner(n)
             m = module.get_submodule(path)
             undo.module(m)
-            if attr == 'weight' or m._parameters.get('weight') is None: restate(m, {attr: old})
+            restate(m, attr, old, tuple(t.shape))
     except BaseException: undo.restore(); raise
 
 # %% ../../nbs/prune/surgery.ipynb #e1cf6264

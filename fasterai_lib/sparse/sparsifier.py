@@ -17,7 +17,7 @@ from torch import nn
 from ..core.allocation import Context, allocate, as_context
 from ..core.criteria import Criteria, as_criteria
 from ..core.granularity import Tile, suggest
-from ..core.masks import Masks, masks_of
+from ..core.masks import Mask, Masks, masks_of
 from ..core.selection import Scored
 from ..core.units import layers_of
 
@@ -48,8 +48,9 @@ class Sparsifier:
         frozen: bool = False, # Also layers whose weights do not require a gradient?
         min_kept: int = None, # Units that each layer keeps; by default 1, unless 100 % is asked
         max_sparsity: float = 100., # Percent of units that a layer loses at most
+        units: dict = None, # Layer name to list of `Units` that go together, as `coupled` finds them, for whole filters or rows
     ):
-        found = layers_of(model, granularity, layer_type, exclude)
+        found = layers_of(model, granularity, layer_type, exclude) if units is None else self._coupled(units, granularity, model)
         self.names = list(found) # all, frozen or not: what a list of sparsities counts
         warm = {n: [u for u in us if frozen or any(s.param.requires_grad for s in u.shares)] for n, us in found.items()}
         self.layers = {n: us for n, us in warm.items() if us}
@@ -59,6 +60,13 @@ class Sparsifier:
         self.context.check(self.layers)
         self.masks, self.refs = Masks(), {}
         if self.criteria.needs_reference: self.remember()
+
+    def _coupled(self, units, granularity, model):
+        if granularity not in ('filter', 'row'): raise ValueError(f"units that are coupled are whole filters or rows, got granularity {granularity!r}; allowed: filter, row")
+        have = {id(p) for p in model.parameters()}
+        for n, us in units.items():
+            if any(id(s.param) not in have for u in us for s in u.shares): raise ValueError(f"{n}: these units are of another model")
+        return units
 
     def __repr__(self): return f"Sparsifier({self.granularity!r}, {self.context.name!r}, {self.criteria}, {len(self.layers)} layers, {self.masks})"
 
@@ -110,7 +118,10 @@ class Sparsifier:
         def alive(u): return self.masks.masks[u.shares[0].name].keep.flatten().to(u.shares[0].param.device) if u.shares[0].name in self.masks else None
         layers = {n: [Scored(u, self.criteria, self.refs, alive(u)) for u in self.layers[n]] for n in targets}
         keeps = allocate(layers, targets, self.context, round_to, self.min_kept, self.max_sparsity)
-        fresh = {k: m for n, ks in keeps.items() for u, keep in zip(self.layers[n], ks) for k, m in masks_of(u, keep).items()}
+        fresh = {}
+        for n, ks in keeps.items():
+            for u, keep in zip(self.layers[n], ks):
+                for k, m in masks_of(u, keep).items(): fresh[k] = m if k not in fresh else Mask(m.grid, m.keep & fresh[k].keep, m.follows) # a norm over several layers
         return Masks({**self.masks.masks, **fresh})
 
     def plan(self,
