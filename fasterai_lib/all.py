@@ -14,6 +14,7 @@ from .core.masks import Mask, Masks
 from .core.schedule import *
 from .core.units import Units, layers_of, units_of
 from .prune.blocks import remove_blocks, remove_layer
+from .prune.coupled import CoupledUnits, coupled
 from .prune.graph import Group, UnitGraph, trace
 from .prune.plan import Plan, load_plan, load_pruned, save_pruned
 from .prune.prune_callback import PruneCallback, shrink

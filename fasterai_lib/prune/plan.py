@@ -26,18 +26,24 @@ def sources(model: nn.Module) -> dict: # Full name to tensor
     "All parameters and buffers of a model, under all their names"
     return dict([*model.named_parameters(remove_duplicate=False), *((n, b) for n, b in model.named_buffers(remove_duplicate=False) if b is not None)])
 
-def owner(name: str): # (name of the layer, name in the layer) of a tensor, also where it is reparametrised
+def owner(
+    name: str, # Full name of a tensor
+) -> tuple: # (name of the layer, name in the layer)
+    "The layer that a tensor belongs to, also where it is reparametrised"
     path, _, attr = name.rpartition('.')
     if '.parametrizations.' in f'.{path}.': # torch.nn.utils.parametrize
         path, _, of = f'.{path}'.partition('.parametrizations.')
         return path.strip('.'), of if attr in ('original', 'original1') else f'{of}.{attr}'
     return path, attr[:-2] if attr.endswith('_v') else attr # torch.nn.utils.weight_norm
 
+# %% ../../nbs/prune/plan.ipynb #64fffbd7
 class Undo:
     "What a model was before a removal, to put it back bit for bit"
     def __init__(self): self.tensors, self.modules, self.optimizer = {}, {}, None
-    def tensor(self, t): self.tensors.setdefault(id(t), (t, t.data, t.grad))
-    def module(self, m): self.modules.setdefault(id(m), (m, m.__class__, dict(m.__dict__)))
+    def tensor(self, t): # about to be changed
+        self.tensors.setdefault(id(t), (t, t.data, t.grad))
+    def module(self, m): # about to be changed
+        self.modules.setdefault(id(m), (m, m.__class__, dict(m.__dict__)))
     def restore(self):
         "Put everything back"
         for t, data, grad in self.tensors.values(): _replace(t, data, grad)
@@ -49,6 +55,7 @@ def _replace(t, data, grad):
     if isinstance(t, nn.Parameter): replace_parameter_(t, data, grad)
     else: t.data = data
 
+# %% ../../nbs/prune/plan.ipynb #286a088e
 _record = '_pruned' # attribute of a model: what all removals together have kept of it
 
 class Plan(Masks):
@@ -80,7 +87,7 @@ class Plan(Masks):
         return pd.DataFrame(self.groups, columns=['layer', 'units', 'kept', 'removed %', 'slices', 'tensors'])
 
     def check(self, model: nn.Module) -> dict: # Full name to tensor
-        "Raise where this plan is not for `model`"
+        "The tensors of `model`, or an error where this plan is not for it"
         have = sources(model)
         for n, c in self.cuts.items():
             if n not in have: raise ValueError(f"the plan is for a tensor {n!r} that {type(model).__name__} does not have; {suggest(n, list(have))}")
@@ -90,14 +97,14 @@ class Plan(Masks):
     def remove(self,
         model: nn.Module, # The model that was planned for, or any copy of it
         opt=None, # Its optimizer, of fastai or torch: goes on with what it remembers of the rest
-    ) -> nn.Module:
+    ) -> nn.Module: # The same model
         "Slice away, in place, what is not kept; with an error, nothing has changed"
         undo = Undo()
         try: self.slice(model, undo, opt)
         except BaseException: undo.restore(); raise
         return model
 
-    def slice(self, model, undo, opt=None):
+    def slice(self, model, undo, opt=None): # undo: an `Undo` that is told of all that changes
         have, cut = self.check(model), {}
         if opt is not None: undo.optimizer = slice_optimizer_(opt, {have[n]: (self.shapes[n], list(c.items())) for n, c in self.cuts.items() if isinstance(have[n], nn.Parameter)})
         for n, c in self.cuts.items():
@@ -126,11 +133,11 @@ class Plan(Masks):
         for p, vs in self.sizes.items(): sizes.setdefault(p, {}).update({(a, i): v for a, i, v in vs})
         return dict(cuts=cuts, sizes={p: [(a, i, v) for (a, i), v in vs.items()] for p, vs in sizes.items()}, shapes={**self.shapes, **before['shapes']})
 
-# %% ../../nbs/prune/plan.ipynb #3e03c340
+# %% ../../nbs/prune/plan.ipynb #c93bb4f1
 def masks_for(
     cuts: dict, # Tensor name to {axis: indices that are kept}
     shapes: dict, # Tensor name to shape
-    unmasked: set = (), # (tensor name, axis) that must not be zeroed
+    unmasked: set = (), # (tensor name, axis) pairs that must not be zeroed
 ) -> dict: # Parameter name to `Mask`
     "The masks that zero what `cuts` removes"
     out = {}
@@ -142,7 +149,7 @@ def masks_for(
         if keep.numel() > 1: out[n] = Mask(Grid(tuple(f'd{d}' for d in range(len(shape))), shape, tuple(1 if b > 1 else s for b, s in zip(keep.shape, shape))), keep, len(shape) < 2)
     return out
 
-# %% ../../nbs/prune/plan.ipynb #1b00869c
+# %% ../../nbs/prune/plan.ipynb #6e283371
 def _pack(kept, n): return np.packbits(np.isin(np.arange(n), kept.numpy())).tobytes().hex()
 def _unpack(text, n): return torch.from_numpy(np.flatnonzero(np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=n)))
 
@@ -158,8 +165,9 @@ def save_pruned(
                 cuts={n: {a: _pack(k, done['shapes'][n][a]) for a, k in c.items()} for n, c in done['cuts'].items()})
     save_model(model, str(path), metadata={'fasterai_lib.plan': json.dumps(text)})
 
+# %% ../../nbs/prune/plan.ipynb #bad44a39
 def load_plan(path: str # Of a file that `save_pruned` wrote
-    ) -> Plan:
+    ) -> Plan: # Without masks and table
     "The removal that a file describes"
     try:
         with safe_open(str(path), 'pt') as f: text = (f.metadata() or {}).get('fasterai_lib.plan')
@@ -170,10 +178,11 @@ def load_plan(path: str # Of a file that `save_pruned` wrote
     cuts = {n: {int(a): _unpack(k, shapes[n][int(a)]) for a, k in c.items()} for n, c in d['cuts'].items()}
     return Plan({}, cuts, {p: [tuple(v) for v in vs] for p, vs in d['sizes'].items()}, shapes)
 
+# %% ../../nbs/prune/plan.ipynb #9d30563a
 def load_pruned(
     fresh_model: nn.Module, # As it was built, before any removal; changed in place
     path: str, # Of a file that `save_pruned` wrote
-) -> nn.Module:
+) -> nn.Module: # The same model
     "Make a freshly built model what was saved; with an error, it is untouched"
     plan, undo = load_plan(path), Undo()
     if _record in fresh_model.__dict__: raise ValueError(f"{type(fresh_model).__name__} has been pruned already: build it anew")

@@ -40,7 +40,7 @@ class Pruner:
         example_inputs: 'torch.Tensor | tuple | dict', # What it runs on: a tensor, a tuple, or a dict of keyword arguments
         criteria: 'str | Criteria' = 'large_final', # Which units go first
         context: 'str | Context' = 'local', # Which units compete: `'local'` (those of a group) or `'global'` (all)
-        round_to: int = None, # Outputs that remain of each layer are a multiple of this; layers with fewer are left whole
+        round_to: int = None, # Such as 8: outputs that remain of each layer are a multiple of this; layers with fewer are left whole
         ignored: 'str | nn.Module | tuple' = (), # Layers, or names or globs of layers, whose outputs all stay
         exact: bool = True, # Only what can go without changing what the zeroed model computes?
         min_kept: int = 1, # Units that each group keeps
@@ -67,7 +67,9 @@ class Pruner:
         self.refs = {n: self.graph.tensors()[n].detach().clone() for n in {n for g in self.groups for n, _, _ in g.weights}}
 
     # --- deciding
-    def scores(self, group):
+    def scores(self,
+        group: 'Group', # One of `groups`
+    ) -> torch.Tensor: # In the order of the units
         "One score per unit that is left, over every slice of it"
         now, parts, wanted = self.graph.tensors(), [], {(n, a) for n, a, _ in group.weights}
         join = _joined.get(self.criteria.reducer)
@@ -102,7 +104,7 @@ class Pruner:
     def decide(self, sparsity): # one boolean per atom
         targets, alive = self.targets(sparsity), self.graph.alive.copy()
         groups = {g.name: g for g in self.groups if g.name in targets}
-        if any(s == 100 for s in targets.values()): raise ValueError("100 % leaves nothing of a layer; to remove whole blocks use remove_blocks")
+        if any(s == 100 for s in targets.values()): raise ValueError("100 % leaves nothing of a layer; to remove a whole one use remove_layer or remove_blocks")
         items = {n: [_Scores(g, self.criteria, self.scores(g))] for n, g in groups.items()}
         gone = {n: len(g.roots) - g.n for n, g in groups.items()}
         if self.context.name == 'global':
@@ -125,7 +127,8 @@ class Pruner:
     def refusal(self):
         found = self.graph.reasons()
         why = '; '.join(f"{r} ({n} layer{'s' if n > 1 else ''})" for r, n in found.value_counts().items()) or 'no layer makes channels'
-        return f"nothing can be removed from {type(self.model).__name__}{' exactly' if self.graph.exact else ''}: {why}" + (". With exact=False also what norms average over may go" if self.graph.exact else '')
+        loose = self.graph.exact and any(w in r for r in found for w in ('norm', 'computes something else')) # would it help?
+        return f"nothing can be removed from {type(self.model).__name__}{' exactly' if self.graph.exact else ''}: {why}" + ('. With exact=False these may go too, but the result changes' if loose else '')
 
     # --- removing
     def _prepare(self, sparsity): # decide, and find out how to make it run
@@ -138,7 +141,7 @@ class Pruner:
 
     def plan(self,
         sparsity: 'float | list | dict', # In percent of the units that the model had at first: one number, a list with one per group, or a dict by layer name or glob
-    ) -> Plan:
+    ) -> Plan: # Its `apply` zeroes, its `remove` slices
         "What would be removed, proven; the model is not changed"
         return self.prover.plan(self._prepare(sparsity))
 
@@ -149,8 +152,11 @@ class Pruner:
         "Plan, and remove in place; ask for more later and it goes on from there"
         return self.adopt(self._prepare(sparsity), opt)
 
-    def adopt(self, alive, opt=None): # alive: one boolean per atom
-        "Remove what is not alive"
+    def adopt(self,
+        alive: np.ndarray, # One boolean per label of the graph: does it stay?
+        opt=None, # The model's optimizer
+    ) -> Plan: # What was removed
+        "Remove what is not alive, without deciding or proving anything"
         plan = self.prover.plan(alive)
         plan.remove(self.model, opt)
         self.graph.alive = alive

@@ -116,7 +116,7 @@ class Flow:
     def same(self,
         a: 'np.ndarray | None', # Labels of an axis
         b: 'np.ndarray | None', # Labels of an axis of the same size
-        reason: str = 'they meet here',
+        reason: str = 'it is tied to another axis here',
     ): # The common labels
         "What dies along one of two axes dies along the other"
         if a is b: return a
@@ -148,7 +148,7 @@ class Flow:
             out.append(l)
         return out[::-1]
     def part(self, a, k): # part k of an axis that is cut
-        if a is not None and len(a): self.tags.append((a, np.uint64(hash((self.at, k, 'part')) & (1 << 62) - 1)))
+        if a is not None and len(a): self.tags.append((a, np.uint64(hash((self.at, k)) & (1 << 62) - 1)))
     def split(self,
         a: 'np.ndarray | None', # Labels of an axis
         sizes: list, # What it is the product of

@@ -26,7 +26,9 @@ def _double(x):
     return x
 
 @contextlib.contextmanager
-def in_double(model):
+def in_double(
+    model: nn.Module, # In float64 until the end of the block
+):
     "Run a model in float64"
     old = list({id(t): (t, t.data, t.grad) for t in sources(model).values() if t.is_floating_point() and t.dtype != torch.float64}.values())
     try:
@@ -35,10 +37,21 @@ def in_double(model):
     finally:
         for t, d, grad in old: t.data, t.grad = d, grad
 
-def outputs(model, inputs, train=False): # the tensors that a model returns
+# %% ../../nbs/prune/verify.ipynb #d9e6e756
+def outputs(
+    model: nn.Module, # Left as it was
+    inputs, # A tensor, a tuple or a dict
+    train: bool = False, # In training mode?
+) -> list: # Of tensors
+    "All tensors that a model returns"
     with untouched(model, train): return [t.detach() for t in tensors_in(call_model(model, inputs))]
 
-def distance(a, b): # largest difference, relative to the largest value
+# %% ../../nbs/prune/verify.ipynb #686f9fc5
+def distance(
+    a: list, # Of tensors: what is right
+    b: list, # Of tensors
+) -> float: # From 0 to infinity
+    "Largest difference of outputs, relative to the largest value"
     if len(a) != len(b): return float('inf')
     worst = 0.
     for x, y in zip(a, b):
@@ -54,8 +67,12 @@ def distance(a, b): # largest difference, relative to the largest value
         worst = max(worst, float((x - y).abs().max()/x.abs().max().clamp(min=1e-30)))
     return worst
 
+# %% ../../nbs/prune/verify.ipynb #8fc38c62
 @contextlib.contextmanager
-def masked(model, plan):
+def masked(
+    model: nn.Module, # Zeroed until the end of the block
+    plan: 'Plan', # With masks
+):
     "A model with the weights that `plan` removes at zero, without touching the weights themselves"
     params = plan.params(model)
     old, seen = [], set()
@@ -68,7 +85,7 @@ def masked(model, plan):
     finally:
         for p, d in old: p.data = d
 
-# %% ../../nbs/prune/verify.ipynb #37dcb28c
+# %% ../../nbs/prune/verify.ipynb #75058433
 def skipped(graph, op): # operators of modules whose forward is replaced when they shrink
     return op.name in _moves or not graph.replaced.isdisjoint(op.stack)
 
@@ -91,7 +108,11 @@ def _watch(graph, inputs, record, see): # run again, operator by operator; what 
     except Stop as s: return s.args[0]
     except Exception: return steps[min(len(seen), len(steps) - 1)]
 
-def first_problem(graph, record, inputs):
+def first_problem(
+    graph: 'UnitGraph', # Knows which sizes there should be
+    record: 'Record', # Of the model as it was
+    inputs, # What to run the model on
+) -> int:
     "Index of the first operator that fails or has another shape than it should; None if there is none"
     shapes = lambda i, op: [tuple(n if a is None else graph.count(a) for a, n in zip(l, r.shape)) for l, r in zip(record.made[i], op.outs)]
     return _watch(graph, inputs, record, lambda rec, i, was, op: not like(op, was) or [r.shape for r in op.outs] != shapes(i, was))
@@ -104,7 +125,13 @@ def _sum(t, labels=None, graph=None): # of what is kept; a permutation changes i
 
 _unset = ('empty', 'new_empty', 'empty_like', 'empty_strided')
 
-def first_difference(graph, record, inputs, zeroed, sliced):
+def first_difference(
+    graph: 'UnitGraph', # Knows which sizes there should be
+    record: 'Record', # Of the model as it was
+    inputs, # What to run the model on
+    zeroed, # Context in which the model's units are zero
+    sliced, # Context in which they are gone
+) -> int:
     "Index of the first operator that computes something else in the sliced model than in the zeroed one; None if there is none"
     sums = {}
     def take(rec, i, was, op):
@@ -115,12 +142,12 @@ def first_difference(graph, record, inputs, zeroed, sliced):
     with zeroed: _watch(graph, inputs, record, take)
     with sliced: return _watch(graph, inputs, record, compare)
 
-# %% ../../nbs/prune/verify.ipynb #d9e6e756
+# %% ../../nbs/prune/verify.ipynb #f22a50c2
 class Prover:
     "Runs a model without the units that are to go, finds the attributes that state their number, and compares"
     def __init__(self,
         graph, # A `UnitGraph`
-        inputs, # Example inputs of its model
+        inputs: 'torch.Tensor | tuple | dict', # Example inputs of its model
     ):
         self.graph, self.model, self.inputs = graph, graph.model, inputs
         self.precise, self.blank, self.error = True, False, None
@@ -164,7 +191,9 @@ class Prover:
             best = next(iter(candidates(self.model, d)), None)
             if best and best not in self.bindings and best not in self.refuted: self.bindings[best] = d.labels
 
-    def prove(self, alive): # None when the removal runs and computes the same; else (labels to pin, the reason)
+    def prove(self,
+        alive: np.ndarray, # One boolean per label of the graph: does it stay?
+    ): # None when the removal runs and computes the same; else (labels to pin, the reason)
         "Find out how the model runs without what is not `alive`, and whether it computes the same"
         self.guess(alive)
         for _ in range(2):
@@ -180,7 +209,9 @@ class Prover:
     @property
     def least(self): return math.inf if not self.graph.exact else 1e-9 if self.precise else 1e-3 # differences below it are rounding
 
-    def measure(self, alive):
+    def measure(self,
+        alive: np.ndarray, # One boolean per label of the graph: does it stay?
+    ) -> float:
         "The largest relative difference between the zeroed and the sliced model, in float64 where the model can run in it"
         with contextlib.ExitStack() as s:
             if self.precise: s.enter_context(in_double(self.model))
