@@ -181,7 +181,7 @@ class UnitGraph:
         for n, roots in self.roots.items():
             c = {d: torch.from_numpy(np.flatnonzero(k)) for d, r in enumerate(roots) if r is not None and not (k := alive[r][self.alive[r]]).all()}
             if c: cuts[n], shapes[n] = c, self.shape(n)
-        rows = [(g.name, was, now, 100*(was - now)/was, g.slices, len(g.members)) for g in self.groups if (now := int(alive[g.roots].sum())) < (was := g.n)]
+        rows = [(g.name, was, now, g.slices, len(g.members)) for g in self.groups if (now := int(alive[g.roots].sum())) < (was := g.n)]
         unmasked = {(n, d) for rec in self.records for i, n in rec.sources.items() for j, d in self.flow.scaled if i == j}
         return Plan(masks_for({n: c for n, c in cuts.items() if n in self.trainable}, shapes, unmasked) if masks else {}, cuts, sizes or {}, shapes, rows)
 

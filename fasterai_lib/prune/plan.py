@@ -65,17 +65,19 @@ class Plan(Masks):
         cuts: dict, # Tensor name to {axis: indices that are kept}
         sizes: dict, # Module name to [(attribute, index or None, value)]: the sizes that the model's source reads
         shapes: dict, # Tensor name to its shape before
-        groups: list = (), # One row per group of units, for the table
+        groups: list = (), # (layer, units, units kept, slices of a unit, tensors) per group of units, for the table
+        weights: list = None, # Names of the parameters that count; those with a mask by default
     ):
         super().__init__(masks)
         self.cuts, self.sizes, self.shapes, self.groups = cuts, sizes, shapes, list(groups)
+        self.weights = list(masks if weights is None else weights)
 
     def __repr__(self): return f"Plan({len(self.groups)} groups of units, {len(self.cuts)} tensors, {self.removed_weights:,} of {self.all_weights:,} weights removed)"
 
     @property
-    def all_weights(self): return sum(int(np.prod(s)) for n, s in self.shapes.items() if n in self.masks)
+    def all_weights(self): return sum(int(np.prod(s)) for n, s in self.shapes.items() if n in self.weights)
     @property
-    def removed_weights(self): return self.all_weights - sum(int(np.prod([len(self.cuts[n][a]) if a in self.cuts[n] else k for a, k in enumerate(s)])) for n, s in self.shapes.items() if n in self.masks)
+    def removed_weights(self): return self.all_weights - sum(int(np.prod([len(self.cuts[n][a]) if a in self.cuts[n] else k for a, k in enumerate(s)])) for n, s in self.shapes.items() if n in self.weights)
 
     @property
     def removed(self) -> dict: # (tensor name, axis) to removed indices
@@ -84,7 +86,8 @@ class Plan(Masks):
 
     def table(self) -> pd.DataFrame:
         "One row per group of units: what it is, and how many are left"
-        return pd.DataFrame(self.groups, columns=['layer', 'units', 'kept', 'removed %', 'slices', 'tensors'])
+        rows = [(name, was, now, round(100*(was - now)/was, 1), slices, tensors) for name, was, now, slices, tensors in self.groups]
+        return pd.DataFrame(rows, columns=['layer', 'units', 'kept', 'removed %', 'slices', 'tensors'])
 
     def check(self, model: nn.Module) -> dict: # Full name to tensor
         "The tensors of `model`, or an error where this plan is not for it"
@@ -125,13 +128,19 @@ class Plan(Masks):
         model.__dict__[_record] = self._after(model.__dict__.get(_record))
 
     def _after(self, before): # this removal and those before it as one, from the model as it was built
-        before = before or dict(cuts={}, sizes={}, shapes={})
+        before = before or dict(cuts={}, sizes={}, shapes={}, groups=[], weights=[])
         cuts = {n: dict(c) for n, c in before['cuts'].items()}
         for n, c in self.cuts.items():
             for a, k in c.items(): cuts.setdefault(n, {})[a] = cuts[n][a][k] if a in cuts.get(n, {}) else k
         sizes = {p: {(a, i): v for a, i, v in vs} for p, vs in before['sizes'].items()}
         for p, vs in self.sizes.items(): sizes.setdefault(p, {}).update({(a, i): v for a, i, v in vs})
-        return dict(cuts=cuts, sizes={p: [(a, i, v) for (a, i), v in vs.items()] for p, vs in sizes.items()}, shapes={**self.shapes, **before['shapes']})
+        return dict(cuts=cuts, sizes={p: [(a, i, v) for (a, i), v in vs.items()] for p, vs in sizes.items()}, shapes={**self.shapes, **before['shapes']},
+                    groups=self._rows(before['groups']), weights=sorted({*self.weights, *before['weights']}))
+
+    def _rows(self, before): # groups that lost units before have had more
+        rows = {r[0]: r for r in before}
+        for name, was, now, *rest in self.groups: rows[name] = (name, rows[name][1] if name in rows else was, now, *rest)
+        return list(rows.values())
 
 # %% ../../nbs/prune/plan.ipynb #c93bb4f1
 def masks_for(
@@ -161,13 +170,13 @@ def save_pruned(
     if not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     done = model.__dict__.get(_record)
     if done is None: raise ValueError(f"{type(model).__name__} has not been pruned: nothing was removed from it")
-    text = dict(model=type(model).__name__, sizes=done['sizes'], shapes={n: done['shapes'][n] for n in done['cuts']},
+    text = dict(model=type(model).__name__, sizes=done['sizes'], groups=done['groups'], weights=done['weights'], shapes={n: done['shapes'][n] for n in done['cuts']},
                 cuts={n: {a: _pack(k, done['shapes'][n][a]) for a, k in c.items()} for n, c in done['cuts'].items()})
     save_model(model, str(path), metadata={'fasterai_lib.plan': json.dumps(text)})
 
 # %% ../../nbs/prune/plan.ipynb #bad44a39
 def load_plan(path: str # Of a file that `save_pruned` wrote
-    ) -> Plan: # Without masks and table
+    ) -> Plan: # Without masks
     "The removal that a file describes"
     try:
         with safe_open(str(path), 'pt') as f: text = (f.metadata() or {}).get('fasterai_lib.plan')
@@ -176,7 +185,7 @@ def load_plan(path: str # Of a file that `save_pruned` wrote
     d = json.loads(text)
     shapes = {n: tuple(s) for n, s in d['shapes'].items()}
     cuts = {n: {int(a): _unpack(k, shapes[n][int(a)]) for a, k in c.items()} for n, c in d['cuts'].items()}
-    return Plan({}, cuts, {p: [tuple(v) for v in vs] for p, vs in d['sizes'].items()}, shapes)
+    return Plan({}, cuts, {p: [tuple(v) for v in vs] for p, vs in d['sizes'].items()}, shapes, d['groups'], d['weights'])
 
 # %% ../../nbs/prune/plan.ipynb #9d30563a
 def load_pruned(

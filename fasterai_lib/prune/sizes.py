@@ -21,14 +21,18 @@ from .record import Ref
 class Demand:
     "A size that the model's source states in a call, and the axis it is the size of"
     old: int # What is stated
-    labels: object # What it counts
+    labels: np.ndarray # What it counts
     names: tuple # Attributes that state it, where this is known
-    call: object
+    call: 'Call' # Where it is stated
     index: int = None # Where in a list of sizes it is
 
 def _ints(args): return [a for x in args for a in (x if isinstance(x, (tuple, list, torch.Size)) else [x])]
 
-def demands(flow, record, call):
+def demands(
+    flow: 'Flow', # With the labels of `record`
+    record: 'Record', # A run of the model
+    call: 'Call', # One of its calls
+) -> list: # Of `Demand`s
     "The sizes in `call` that count labels"
     out, name, args, kw = [], call.name, call.args, call.kwargs
     of = lambda r: record.labels.get(r.id) or [None]*len(r.shape)
@@ -76,7 +80,7 @@ def demands(flow, record, call):
             if (id(record), i) in flow.groups: add(len(flow.groups[id(record), i]), flow.groups[id(record), i], 'num_groups' if name == 'group_norm' else 'groups')
     return out
 
-# %% ../../nbs/prune/sizes.ipynb #ad7be82d
+# %% ../../nbs/prune/sizes.ipynb #f2fab513
 def holders(m): # objects of a module that may state sizes: itself and its configuration
     yield '', m
     for k, v in vars(m).items():
@@ -94,7 +98,13 @@ def stated(m): # (attribute, index or None, value) of the whole numbers that a m
                 for i, n in enumerate(v):
                     if isinstance(n, int) and not isinstance(n, bool): yield prefix + k, i, n
 
-def state(m, attr, index, value):
+# %% ../../nbs/prune/sizes.ipynb #311600d4
+def state(
+    m: nn.Module, # Changed in place
+    attr: str, # Name of an attribute, or `'config.name'` of one of its configuration
+    index: 'int | None', # Where in a tuple or list
+    value: int, # What it states from now on
+):
     "Set a number that a module states"
     prefix, _, k = attr.rpartition('.')
     o = m
@@ -108,10 +118,14 @@ def state(m, attr, index, value):
     if isinstance(o, nn.Module): setattr(o, k, value)
     else: object.__setattr__(o, k, value)
 
+# %% ../../nbs/prune/sizes.ipynb #ecef76f8
 _hints = ('head', 'group', 'dim', 'size', 'channel', 'feature', 'embed', 'inner', 'hidden', 'width', 'planes')
 
-def candidates(model, demand):
-    "Attributes that may be what `demand` reads: (module name, attribute, index), the likeliest first"
+def candidates(
+    model: nn.Module, # In which the call is
+    demand: Demand, # A size, stated in a call
+) -> list: # Of (module name, attribute, index in it or None)
+    "Attributes that may be what `demand` reads, the likeliest first"
     out = []
     for path in reversed(dict.fromkeys(('', *demand.call.stack))):
         m = model.get_submodule(path)
@@ -123,8 +137,13 @@ def candidates(model, demand):
             if f'{path}.{n}'.strip('.') not in demand.call.stack: out += [(f'{path}.{n}'.strip('.'), a, i) for a, i, v in stated(child) if v == demand.old]
     return out
 
-# %% ../../nbs/prune/sizes.ipynb #f2fab513
-def restate(m, name, before, after): # name: of the tensor in the module; before, after: its shapes
+# %% ../../nbs/prune/sizes.ipynb #52162724
+def restate(
+    m: nn.Module, # A layer, changed in place
+    name: str, # Of the tensor in the layer
+    before: tuple, # Its shape before
+    after: tuple, # Its shape now
+):
     "Let a module of a known kind state the size of a tensor that was cut"
     if isinstance(m, nn.MultiheadAttention):
         inner = m.in_proj_weight.shape[0]//3 if m.in_proj_weight is not None else m.q_proj_weight.shape[0]

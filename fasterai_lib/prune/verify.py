@@ -151,6 +151,7 @@ class Prover:
     ):
         self.graph, self.model, self.inputs = graph, graph.model, inputs
         self.precise, self.blank, self.error = True, False, None
+        self.needed = set() # (class, attribute, index) without which it does not run
         self.bindings, self.refuted = {}, set() # bindings: (module name, attribute, index) -> labels it counts
 
     def sizes(self, alive): # module name to [(attribute, index, value)]
@@ -200,7 +201,7 @@ class Prover:
             problem = None
             try: self.measure(alive)
             except Exception as e: problem, self.error = e, math.inf
-            if self.error < self.least and not (self.blank and self.graph.exact): return None
+            if self.error < self.least and not (self.blank and self.graph.exact): return self.trim(alive)
             if self.error < math.inf: return self.compare(alive)
             if (blame := self.mend(alive)) is not None: return blame
         if problem is None: return self.compare(alive)
@@ -230,6 +231,19 @@ class Prover:
                 return self.error
         self.precise = False
         return self.measure(alive)
+
+    def trim(self, alive):
+        "Forget attributes that only happen to have the same value: without them it runs as well"
+        with self.graph.when(alive): idle = [b for b, labels in self.bindings.items() if self.graph.count(labels) == len(labels)]
+        for b in idle: del self.bindings[b] # nothing is removed there
+        for path, attr, index in list(self.bindings):
+            cls = type(self.model.get_submodule(path))
+            if (path, attr, index) not in self.bindings or (cls, attr, index) in self.needed: continue
+            before, gone, error = dict(self.bindings), set(self.refuted), self.error
+            self.unbind(path, attr, index)
+            if not (self.failure(alive) is None and self.exactly(alive)):
+                self.bindings, self.refuted, self.error, self.blank = before, gone, error, False
+                self.needed.add((cls, attr, index))
 
     def exactly(self, alive):
         try: return self.measure(alive) < self.least and not self.blank
