@@ -13,13 +13,14 @@ test execute: export OMP_NUM_THREADS ?= 1
 test execute: export MKL_NUM_THREADS ?= 1
 test execute: export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: help demo test docs bench readme execute export clean
+.PHONY: help demo test docs bench bench-coverage readme execute export clean
 
 help:
 	@echo 'make demo [DATA=folder]          prune a small model and show what came of it'
 	@echo 'make test                        everything: sync checks, documentation, notebooks, pytest'
 	@echo 'make docs                        the documentation site, in _docs/html'
 	@echo 'make bench                       side-by-side benchmarks'
+	@echo 'make bench-coverage [ARGS=--quick]  how many models are pruned, beside Torch-Pruning: hours'
 	@echo 'make execute [NB=x.ipynb FLAGS=slow]  run the notebooks, keep their outputs, refresh README.md'
 	@echo 'make export | readme | clean     modules from notebooks | README.md from index.ipynb | remove build output'
 
@@ -35,6 +36,9 @@ docs: .venv/.stamp-dev
 
 bench: .venv/.stamp-bench
 	$(PY) benchmarks/run.py
+
+bench-coverage: .venv/.stamp-bench
+	$(PY) benchmarks/coverage.py --libs ours,torch-pruning $(ARGS)
 
 readme: .venv/.stamp-dev
 	$(PY) -m tools.readme

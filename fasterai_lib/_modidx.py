@@ -480,6 +480,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fasterai_lib.prune.plan.Undo': ('prune/plan.html#undo', 'fasterai_lib/prune/plan.py'),
                                          'fasterai_lib.prune.plan.Undo.__init__': ( 'prune/plan.html#undo.__init__',
                                                                                     'fasterai_lib/prune/plan.py'),
+                                         'fasterai_lib.prune.plan.Undo.cache': ('prune/plan.html#undo.cache', 'fasterai_lib/prune/plan.py'),
                                          'fasterai_lib.prune.plan.Undo.module': ( 'prune/plan.html#undo.module',
                                                                                   'fasterai_lib/prune/plan.py'),
                                          'fasterai_lib.prune.plan.Undo.restore': ( 'prune/plan.html#undo.restore',

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 # %% ../../nbs/prune/attention.ipynb #8e95ac7f
 class PrunedMultiheadAttention(nn.MultiheadAttention):
     "`nn.MultiheadAttention` with any number of heads: their widths need not add up to the embedding's"
+    _qkv_same_embed_dim = property(lambda self: False, lambda self, value: None) # torch's fast paths look at it, and keep away
+
     def forward(self,
         query, # (N, L, E) with `batch_first`, (L, N, E) without, (L, E) for one example
         key, # (N, S, kdim), likewise

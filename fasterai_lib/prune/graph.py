@@ -259,12 +259,13 @@ class UnitGraph:
 # %% ../../nbs/prune/graph.ipynb #cf56c060
 def _named(model, ignored): # names of the layers that are meant
     out, modules = set(), dict(model.named_modules())
+    if not isinstance(ignored, (str, nn.Module, tuple, list, set)): raise TypeError(f"ignored: layers, or names or globs of layers, got {ignored!r}")
     for i in [ignored] if isinstance(ignored, (str, nn.Module)) else ignored:
         hit = {n for n, m in modules.items() if m is i} if isinstance(i, nn.Module) else {n for n in modules if fnmatchcase(n, i)} if isinstance(i, str) else None
         if hit is None: raise TypeError(f"ignored: a layer, or the name or glob of layers, got {i!r}")
         if not hit: raise ValueError(f"ignored: {type(i).__name__ if isinstance(i, nn.Module) else repr(i)} is no layer of {type(model).__name__}" + (f"; {suggest(i, [n for n in modules if n])}" if isinstance(i, str) else ''))
         out |= hit
-    return {n for n in modules if any(n == o or n.startswith(o + '.') for o in out)}
+    return {n for n in modules if any(n == o or not o or n.startswith(o + '.') for o in out)}
 
 def check_model(
     model, # Anything
@@ -276,7 +277,8 @@ def check_model(
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): raise TypeError(f"model is wrapped in {type(model).__name__}: pass model.module")
     for n, m in model.named_modules():
         if 'quantized' in type(m).__module__: raise TypeError(f"{n} is a quantised layer ({type(m).__name__}): prune before quantising")
-        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in m._parameters.values()): raise ValueError(f"{n}: not initialised yet; run the model once first")
+        if n and isinstance(m, torch.jit.ScriptModule): raise TypeError(f"{n} is a scripted or traced layer ({type(m).__name__}): prune the Python model it was made from")
+        if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in [*m._parameters.values(), *m._buffers.values()]): raise ValueError(f"{n}: not initialised yet; run the model once first")
     if example_inputs is None or (isinstance(example_inputs, (tuple, list, dict)) and not example_inputs): raise ValueError("example_inputs are needed: a tensor, a tuple or a dict that the model runs on; the units are found by running it")
     devices, given = {p.device for p in model.parameters()}, {t.device for t in tensors_in(example_inputs)}
     if len(devices) == 1 and given and not given & devices: raise ValueError(f"the model is on {devices.pop()}, the example inputs on {given.pop()}")

@@ -28,24 +28,29 @@ def sources(model: nn.Module) -> dict: # Full name to tensor
 
 def owner(
     name: str, # Full name of a tensor
+    names: tuple = (), # Full names of all tensors of the model
 ) -> tuple: # (name of the layer, name in the layer)
     "The layer that a tensor belongs to, also where it is reparametrised"
     path, _, attr = name.rpartition('.')
     if '.parametrizations.' in f'.{path}.': # torch.nn.utils.parametrize
         path, _, of = f'.{path}'.partition('.parametrizations.')
         return path.strip('.'), of if attr in ('original', 'original1') else f'{of}.{attr}'
-    return path, attr[:-2] if attr.endswith('_v') else attr # torch.nn.utils.weight_norm
+    if attr.endswith('_v') and f'{name[:-2]}_g' in names: return path, attr[:-2] # torch.nn.utils.weight_norm
+    return path, attr[:-5] if attr.endswith('_orig') else attr # torch.nn.utils.spectral_norm
 
 # %% ../../nbs/prune/plan.ipynb #64fffbd7
 class Undo:
     "What a model was before a removal, to put it back bit for bit"
-    def __init__(self): self.tensors, self.modules, self.optimizer = {}, {}, None
+    def __init__(self): self.tensors, self.modules, self.caches, self.optimizer = {}, {}, {}, None
     def tensor(self, t): # about to be changed
         self.tensors.setdefault(id(t), (t, t.data, t.grad))
     def module(self, m): # about to be changed
         self.modules.setdefault(id(m), (m, m.__class__, dict(m.__dict__)))
+    def cache(self, d): # about to be emptied
+        self.caches.setdefault(id(d), (d, dict(d)))
     def restore(self):
         "Put everything back"
+        for d, old in self.caches.values(): d.clear(); d.update(old)
         for t, data, grad in self.tensors.values(): _replace(t, data, grad)
         for m, cls, d in self.modules.values(): m.__class__ = cls; m.__dict__.clear(); m.__dict__.update(d)
         if self.optimizer: self.optimizer()
@@ -116,7 +121,7 @@ class Plan(Masks):
             cut[id(t)] = tuple(self.shapes[n])
             undo.tensor(t)
             _replace(t, _sliced(t, c), None if t.grad is None else _sliced(t.grad, c))
-        owners = {n: owner(n) for n, t in have.items() if id(t) in cut} # all who hold a tied tensor
+        owners = {n: owner(n, have) for n, t in have.items() if id(t) in cut} # all who hold a tied tensor
         for path in {'', *self.sizes, *(o for o, _ in owners.values())}: undo.module(model.get_submodule(path))
         for path, values in self.sizes.items():
             for attr, index, value in values: state(model.get_submodule(path), attr, index, value)
@@ -124,7 +129,7 @@ class Plan(Masks):
         for path in {o for o, _ in owners.values()}:
             if isinstance(m := model.get_submodule(path), nn.RNNBase): m.flatten_parameters()
         for m in model.modules():
-            for cache in caches(m): cache.clear()
+            for cache in caches(m): undo.cache(cache); cache.clear()
         model.__dict__[_record] = self._after(model.__dict__.get(_record))
 
     def _after(self, before): # this removal and those before it as one, from the model as it was built

@@ -83,13 +83,18 @@ class Pruner:
                 parts.append((part[at], w.numel()//w.shape[a]))
             else: parts.append(self.criteria.elementwise(w.movedim(a, 0)[at].flatten(1), None if ref is None else ref.movedim(a, 0)[at].flatten(1), group.layer))
         s = join[2](torch.cat([p for p, _ in parts], 1), sum(n*p.shape[1] for p, n in parts)) if join else self.criteria.reducer(torch.cat(parts, 1), (1,), False)
-        return self.criteria.normalizer(s) if self.criteria.normalizer else s
+        if self.criteria.normalizer: s = self.criteria.normalizer(s)
+        if not torch.isfinite(s).all():
+            bad = [n for n, _, _ in group.weights if not torch.isfinite(now[n]).all()]
+            raise ValueError(f"{bad[0]}: the weights hold NaN or infinity" if bad else f"{group.layer}: {self.criteria} gives a score that is NaN or infinite")
+        return s
 
     def targets(self, sparsity): # group name to percent of the units that it had at first
         names = {g.name: g for g in self.groups if len(g.roots) > 1}
         if not names: raise ValueError(self.refusal())
         if not isinstance(sparsity, (dict, list, tuple)): return dict.fromkeys(names, as_percent(sparsity))
         if self.context.name == 'global': raise ValueError(f"a {type(sparsity).__name__} of sparsities needs context='local': in 'global' all layers share one sparsity")
+        if isinstance(sparsity, dict) and not sparsity: raise ValueError(f"sparsity: the dict names no layer; the groups are {', '.join(names)}")
         if isinstance(sparsity, dict):
             values, layers = {k: as_percent(v, f'sparsity of {k!r}') for k, v in sparsity.items()}, list(dict.fromkeys(l for g in names.values() for l in g.layers))
             for k in values:
@@ -158,9 +163,8 @@ class Pruner:
     ) -> Plan: # What was removed
         "Remove what is not alive, without deciding or proving anything"
         plan = self.prover.plan(alive)
+        refs = {n: _sliced(r, plan.cuts[n]) if n in plan.cuts else r for n, r in self.refs.items()}
         plan.remove(self.model, opt)
-        self.graph.alive = alive
-        for n, c in plan.cuts.items():
-            if n in self.refs: self.refs[n] = _sliced(self.refs[n], c)
+        self.graph.alive, self.refs = alive, refs
         if self.criteria.needs_update: self.remember()
         return plan

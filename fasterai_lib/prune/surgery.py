@@ -58,7 +58,7 @@ def prune_parameter(
         if opt is not None and isinstance(t, nn.Parameter): undo.optimizer = slice_optimizer_(opt, {t: (old, list(cut.items()))})
         _replace(t, _sliced(t, cut), None if t.grad is None else _sliced(t.grad, cut))
         for n in [n for n, x in have.items() if x is t]: # tied ones too
-            path, attr = owner(n)
+            path, attr = owner(n, have)
             m = module.get_submodule(path)
             undo.module(m)
             restate(m, attr, old, tuple(t.shape))
