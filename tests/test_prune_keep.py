@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
+import fastai.callback.progress
+from fastai.data.core import Datasets
 from fastai.learner import Learner, load_learner
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -81,7 +81,7 @@ def pruned(name, *sparsities):
     return model
 
 def numbers(model): # every size that a module states
-    return [(n, type(m), {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str, tuple, bool)) and k != 'training'}) for n, m in model.named_modules()]
+    return [(n, type(m).__name__, {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str, tuple, bool)) and k not in ('training', '_is_torch_compile')}) for n, m in model.named_modules()]
 def same_weights(a, b):
     a, b = a.state_dict(), b.state_dict()
     return list(a) == list(b) and all(x.dtype == y.dtype and x.shape == y.shape and torch.equal(x, y) for x, y in zip(a.values(), b.values()))
@@ -208,8 +208,7 @@ def test_a_plan_is_for_any_copy(name):
     assert same_weights(stranger, build('cnn' if name != 'cnn' else 'tied'))
 
 def test_the_table_of_a_plan():
-    p = Pruner(build('cnn'), PICTURE)
-    t = p.plan(50).table()
+    t = (p := Pruner(build('cnn'), PICTURE)).plan(50).table()
     assert list(t.columns) == ['layer', 'units', 'kept', 'removed %', 'slices', 'tensors'] and t['removed %'].tolist() == [50]*len(t)
     rows = t.set_index('layer')
     assert rows.units['stem'] == 8 and rows.kept['stem'] == 4 and rows.tensors['stem'] >= 6
@@ -245,6 +244,7 @@ WAYS = dict(file=through_file, deepcopy=lambda m, x: copy.deepcopy(m), state=thr
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('name', MODELS)
 def test_torch_takes_it(name, way):
+    if (name, way) == ('weight_norm', 'file'): pytest.skip('torch saves no parametrised module, pruned or not')
     x, model = MODELS[name][1], pruned(name)
     want, snap = model(x), numbers(model)
     out = WAYS[way](model, x)
@@ -261,18 +261,19 @@ def test_onnx(name):
     import onnx
     x, model = MODELS[name][1], pruned(name)
     torch.onnx.export(model, (x,), f := io.BytesIO(), dynamo=False)
-    graph = onnx.load_model_from_string(f.getvalue())
-    onnx.checker.check_model(graph)
+    onnx.checker.check_model(graph := onnx.load_model_from_string(f.getvalue()))
     sizes = {tuple(i.dims) for i in graph.graph.initializer}
     if name == 'cnn': assert (4, 3, 3, 3) in sizes and (8, 3, 3, 3) not in sizes
 
 # --- fastai
 
+def picture_of(i): return PICTURE[i % 2]
+def label_of(i): return torch.tensor(i % 5)
 def learner(model, path):
-    data = [(PICTURE[i % 2], torch.tensor(i % 5)) for i in range(8)]
-    return Learner(DataLoaders(DataLoader(data, bs=4), DataLoader(data, bs=4)), model, loss_func=nn.CrossEntropyLoss(), path=path)
+    sets = Datasets(list(range(8)), [[picture_of], [label_of]], splits=[list(range(8)), list(range(4))])
+    return Learner(sets.dataloaders(bs=4, num_workers=0, device='cpu'), model, loss_func=nn.CrossEntropyLoss(), path=path)
 
-def fit(learn):
+def fit(learn): # quietly
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
 
 @pytest.mark.filterwarnings('ignore')
@@ -291,10 +292,8 @@ def test_fastai_saves_loads_and_exports(tmp_path):
     fit(learn)
     learn.load('small')
     learn.export('learn.pkl')
-    out = load_learner(tmp_path/'learn.pkl')
-    same(out.model, want, PICTURE)
+    same(load_learner(tmp_path/'learn.pkl').model, copy.deepcopy(want), PICTURE)
     other = learner(load_pruned(build('cnn', 4), tmp_path/'m'), tmp_path)
     same(copy.deepcopy(other.model), copy.deepcopy(want), PICTURE)
-    other.load('small') # fastai's file fits the model that was made small
-    fit(other)
+    fit(other.load('small')) # fastai's file fits the model that was made small
     with pytest.raises(RuntimeError, match='size mismatch'): learner(build('cnn'), tmp_path).load('small')

@@ -98,7 +98,9 @@ class UnitGraph:
         for l in f.produced: self.produced[l] = True
         for n, axes in f.params.items():
             if n not in self.used: f.pins(axes, 'it is not used in a run of the model')
-            if n.rpartition('.')[0] in self.ignored: f.pins([a for a in axes if a is not None and self.produced[a].any()], 'it is ignored')
+            path = n.rpartition('.')[0]
+            if path in self.ignored: f.pins([a for a in axes if a is not None and self.produced[a].any()], 'it is ignored')
+            if path in self.replaced and n.endswith('_proj_weight') and self.shapes[n][0] == (3 if n.endswith('in_proj_weight') else 1)*self.model.get_submodule(path).head_dim: f.pins(axes[:1], 'it is the only head')
         for labels, reason in self.pins: f.atoms.pin(labels, reason)
         f.settle()
         self.roots = {n: [None if a is None else f.atoms.find(a) for a in axes] for n, axes in f.params.items()}
@@ -183,7 +185,7 @@ class UnitGraph:
             if c: cuts[n], shapes[n] = c, self.shape(n)
         rows = [(g.name, was, now, g.slices, len(g.members)) for g in self.groups if (now := int(alive[g.roots].sum())) < (was := g.n)]
         unmasked = {(n, d) for rec in self.records for i, n in rec.sources.items() for j, d in self.flow.scaled if i == j}
-        return Plan(masks_for({n: c for n, c in cuts.items() if n in self.trainable}, shapes, unmasked) if masks else {}, cuts, sizes or {}, shapes, rows)
+        return Plan(masks_for({n: c for n, c in cuts.items() if n in self.trainable}, shapes, unmasked) if masks else {}, cuts, sizes or {}, shapes, rows, [n for n in cuts if n in self.trainable])
 
     # --- for people
     def table(self) -> pd.DataFrame:

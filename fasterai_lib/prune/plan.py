@@ -198,12 +198,14 @@ def load_pruned(
     path: str, # Of a file that `save_pruned` wrote
 ) -> nn.Module: # The same model
     "Make a freshly built model what was saved; with an error, it is untouched"
+    if not isinstance(fresh_model, nn.Module): raise TypeError(f"fresh_model must be an nn.Module, got {type(fresh_model).__name__}")
     plan, undo = load_plan(path), Undo()
     if _record in fresh_model.__dict__: raise ValueError(f"{type(fresh_model).__name__} has been pruned already: build it anew")
     try:
         for n, t in sources(fresh_model).items(): undo.tensor(t)
         plan.slice(fresh_model, undo)
-        for t in sources(fresh_model).values(): t.data = t.data.clone() if any(t.data is d for _, d, _ in undo.tensors.values()) else t.data
+        whole = {id(t): t for n, t in sources(fresh_model).items() if n not in plan.cuts}
+        for t in whole.values(): t.data = t.data.clone() # the file's values must not go where an error could not take them back
         load_model(fresh_model, str(path))
     except RuntimeError as e:
         undo.restore()

@@ -86,13 +86,14 @@ def holders(m): # objects of a module that may state sizes: itself and its confi
     for k, v in vars(m).items():
         if not k.startswith('_') and ('config' in k or 'cfg' in k or 'args' == k) and hasattr(v, '__dict__') and not isinstance(v, nn.Module): yield k + '.', v
 
+_geometry = ('training', 'stride', 'kernel_size', 'padding', 'dilation', 'output_padding', '_parameters', '_buffers', '_modules') # no number of channels
 _restated = ('out_features', 'in_features', 'num_features', 'num_channels', 'embedding_dim', 'num_embeddings', 'nf', 'nx', 'out_channels', 'in_channels') # follow the weights
 
 def stated(m): # (attribute, index or None, value) of the whole numbers that a module states
     for prefix, o in holders(m):
         for k, v in vars(o).items():
             if not prefix and k in _restated and 'weight' in m._parameters: continue
-            if k.startswith('_') and not prefix == '' or k in ('training', '_parameters', '_buffers', '_modules'): continue
+            if k.startswith('_') and not prefix == '' or k in _geometry: continue
             if isinstance(v, int) and not isinstance(v, bool): yield prefix + k, None, v
             elif isinstance(v, (tuple, list)) and 0 < len(v) <= 16:
                 for i, n in enumerate(v):
@@ -150,7 +151,7 @@ def restate(
         m.num_heads, m.embed_dim = inner//m.head_dim, m.out_proj.weight.shape[0]
         if m.in_proj_weight is not None: m.kdim = m.vdim = m.in_proj_weight.shape[1]
         else: m.kdim, m.vdim = m.k_proj_weight.shape[1], m.v_proj_weight.shape[1]
-        if inner != m.embed_dim: m.__class__ = PrunedMultiheadAttention
+        if type(m) in (nn.MultiheadAttention, PrunedMultiheadAttention): m.__class__ = nn.MultiheadAttention if inner == m.embed_dim else PrunedMultiheadAttention
     elif isinstance(m, (nn.RNNBase, nn.RNNCellBase)):
         if name in ('weight_ih', 'weight_ih_l0'): m.input_size = after[1]
         if name in ('weight_hh', 'weight_hh_l0') and not getattr(m, 'proj_size', 0): m.hidden_size = after[1]

@@ -283,7 +283,8 @@ class Prover:
             if not found: found = shrinks([self.bindings[b] for b in self.bound(rec, at)])[:1]
             if not found: found = next((t for i in range(at - 1, -1, -1) if rec.ops[i].stack == op.stack and (t := touched(i))), []) # a number made from a size
             for path in reversed(op.stack):
-                if not found: found = shrinks([a for n, axes in self.graph.params.items() if n.startswith(f'{path}.') for a in axes])
+                if not found and path: found = shrinks([a for n, axes in self.graph.params.items() if n.startswith(f'{path}.') for a in axes])
+        with self.graph.when(alive): found = found or next((t for i in range(at - 1, -1, -1) if (t := touched(i))), [])
         if not found: raise ValueError(f"{op.name} at {':'.join(map(str, op.line))}: {text}")
         return np.concatenate(found), (text, op.name, op.stack, op.line)
 
@@ -318,8 +319,9 @@ class Prover:
         for d in ds:
             for c in candidates(self.model, d)[:8]: yield lambda siblings: self.bind(d, c, siblings)
         if len(ds) > 1: yield lambda siblings: [self.bind(d, c[0], siblings) for d in ds if (c := candidates(self.model, d))]
-        for path, attr, index in self.bound(rec, at):
-            yield lambda siblings: self.unbind(path, attr, index)
+        near = self.bound(rec, at)
+        kinds = {(type(self.model.get_submodule(b[0])), *b[1:]): b for b in self.bindings if b not in near}
+        for path, attr, index in [*near, *kinds.values()]: yield lambda siblings: self.unbind(path, attr, index)
 
     def unbind(self, path, attr, index): # also in the other modules of the class
         cls = type(self.model.get_submodule(path))
