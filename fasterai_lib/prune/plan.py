@@ -17,6 +17,7 @@ from torch import nn
 
 from ..core.granularity import Grid, suggest
 from ..core.masks import Mask, Masks
+from .attention import PrunedMultiheadAttention
 from .optimizer import _sliced, replace_parameter_, slice_optimizer_
 from .record import caches
 from .sizes import restate, state
@@ -129,6 +130,7 @@ class Plan(Masks):
         for path in {o for o, _ in owners.values()}:
             if isinstance(m := model.get_submodule(path), nn.RNNBase): m.flatten_parameters()
         for m in model.modules():
+            if isinstance(m, nn.TransformerEncoder) and any(isinstance(a, PrunedMultiheadAttention) for a in m.modules()): undo.module(m); m.use_nested_tensor = False # it reads no nested tensors
             for cache in caches(m): undo.cache(cache); cache.clear()
         model.__dict__[_record] = self._after(model.__dict__.get(_record))
 

@@ -150,7 +150,7 @@ class Prover:
         inputs: 'torch.Tensor | tuple | dict', # Example inputs of its model
     ):
         self.graph, self.model, self.inputs = graph, graph.model, inputs
-        self.precise, self.blank, self.error = True, False, None
+        self.precise, self.blank, self.fresh, self.error = True, False, False, None
         self.needed = set() # (class, attribute, index) without which it does not run
         self.bindings, self.refuted = {}, set() # bindings: (module name, attribute, index) -> labels it counts
 
@@ -311,6 +311,9 @@ class Prover:
                 if then is None or then > at: at = then; break
                 self.bindings, self.refuted = before, gone
             else:
+                if call is None and self.bindings and not self.fresh: # too many wrong guesses: begin without any
+                    self.fresh, self.bindings, self.refuted = True, {}, self.refuted | set(self.bindings)
+                    return self.mend(alive)
                 if call is None: return self.blame(rec, at[1], alive, 'no size that the source states explains it')
                 ds = [x for d in active[id(call)] for x in siblings if x.place == d.place]
                 return np.concatenate([d.labels for d in ds]), (f'the source states the size {active[id(call)][0].old} and no attribute holds it', call.name, call.stack, call.line)
