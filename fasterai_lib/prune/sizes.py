@@ -86,7 +86,7 @@ def holders(m): # objects of a module that may state sizes: itself and its confi
     for k, v in vars(m).items():
         if not k.startswith('_') and ('config' in k or 'cfg' in k or 'args' == k) and hasattr(v, '__dict__') and not isinstance(v, nn.Module): yield k + '.', v
 
-_geometry = ('training', 'stride', 'kernel_size', 'padding', 'dilation', 'output_padding', '_parameters', '_buffers', '_modules') # no number of channels
+_geometry = ('training', 'stride', 'kernel_size', 'padding', 'dilation', 'output_padding', '_reversed_padding_repeated_twice', '_parameters', '_buffers', '_modules') # no number of channels
 _restated = ('out_features', 'in_features', 'num_features', 'num_channels', 'embedding_dim', 'num_embeddings', 'nf', 'nx', 'out_channels', 'in_channels') # follow the weights
 
 def stated(m): # (attribute, index or None, value) of the whole numbers that a module states
