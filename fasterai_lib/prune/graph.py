@@ -63,7 +63,8 @@ class Group:
 
 # %% ../../nbs/prune/graph.ipynb #75ec4aa1
 def _at(line): # a place in the source, for a message
-    return f", {re.sub('<ipython-input-([0-9]+)-.*', 'cell [' + chr(92) + '1]', line[0].rpartition('site-packages/')[2])}:{line[1]}" if line[0] else ''
+    if re.search('<ipython-input-|/ipykernel_', line[0]): return f', line {line[1]} of a cell'
+    return f", {line[0].rpartition('site-packages/')[2]}:{line[1]}" if line[0] else ''
 
 _noise = ('native_dropout', 'bernoulli_', 'empty_like', 'div_', 'mul', 'new_empty', 'empty')
 
