@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.granularity import Granularities, Grid, suggest
+from ..core.granularity import Grid, suggest
 from ..core.masks import Mask
 from ..core.units import Share, Units
 from .graph import UnitGraph, trace

@@ -148,14 +148,8 @@ def prune_units(
 
 # %% ../../nbs/prune/surgery.ipynb #7469bae6
 @contextlib.contextmanager
-def _precise(model, inputs, double): # in float64; gradients are put aside, as they have another type
-    grads = [(t, t.grad) for t in model.parameters() if t.grad is not None]
-    with contextlib.ExitStack() as s:
-        if double:
-            for t, _ in grads: t.grad = None
-            s.callback(lambda: [setattr(t, 'grad', g) for t, g in grads])
-            s.enter_context(in_double(model))
-        yield _double(inputs) if double else inputs
+def _precise(model, inputs, double): # in float64
+    with in_double(model) if double else contextlib.nullcontext(): yield _double(inputs) if double else inputs
 
 def _wrong(model, inputs, edits, exact=True): # what goes wrong when the model is changed like this, '' if nothing; the model stays as it is
     for double in (True, False):

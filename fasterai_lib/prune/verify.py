@@ -163,16 +163,16 @@ class Prover:
     def plan(self, alive): return self.graph.to_plan(alive, self.sizes(alive))
 
     @contextlib.contextmanager
-    def sliced(self, alive, plan=None): # the model as it would be
+    def sliced(self, alive): # the model as it would be
         undo = Undo()
         try:
-            (plan or self.graph.to_plan(alive, self.sizes(alive), masks=False)).slice(self.model, undo)
+            self.graph.to_plan(alive, self.sizes(alive), masks=False).slice(self.model, undo)
             with self.graph.when(alive): yield self.model
         finally: undo.restore()
 
     @contextlib.contextmanager
-    def zeroed(self, alive, plan=None):
-        with masked(self.model, plan or self.plan(alive)), self.graph.when(alive): yield self.model
+    def zeroed(self, alive):
+        with masked(self.model, self.plan(alive)), self.graph.when(alive): yield self.model
 
     def demands(self, alive, records=None): # the sizes that change, of those that calls state
         out, before = [], self.graph.padded()
