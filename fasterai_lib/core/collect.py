@@ -35,6 +35,10 @@ class Collector:
     def __init_subclass__(cls, needs=None): # registers it
         if needs: collectors[needs] = cls
 
+    listens = False # to the forward passes of others?
+    def reset(self):
+        "Forget what was seen"
+        self.n, self.sums = 0, {}
     def knows(self, name): return True # can it say anything about this weight?
     def watching(self): # what must be active while the model runs
         return contextlib.nullcontext()
@@ -81,10 +85,12 @@ class _Gradients(Collector, needs='grad'):
         for (n, p), g in zip(self.params.items(), torch.autograd.grad(value, list(self.params.values()), allow_unused=True)):
             if g is not None: self.add(n, self.criteria.gather(p.detach(), g), b.size)
 
-    def add_grads(self, n=1): # in a training loop: what backward has left
+    def add_grads(self, scale=None): # in a training loop: what backward has left; an overflow of mixed precision counts as nothing
         for name, p in self.params.items():
-            if p.grad is not None: self.add(name, self.criteria.gather(p.detach(), p.grad), n)
-        self.n += n
+            if p.grad is None: continue
+            g = p.grad.to_dense() if p.grad.is_sparse else p.grad
+            self.add(name, self.criteria.gather(p.detach(), g if scale is None else torch.nan_to_num(g.float()/scale, 0., 0., 0.)), 1)
+        self.n += 1
 
 class _Losses(_Gradients, needs='loss'):
     "`gather(loss, weights)`, one tensor per weight, is averaged"
@@ -104,7 +110,7 @@ def trainable(params):
 _embeddings = (nn.Embedding, nn.EmbeddingBag)
 
 class _Activations(Collector):
-    side = 'on_input'
+    side, listens = 'on_input', True
     def __init__(self, *args):
         super().__init__(*args)
         self.owners = {n: self.model.get_submodule(n.rpartition('.')[0]) for n in self.params}
@@ -131,6 +137,7 @@ class _Activations(Collector):
         self.add(name, self.gathered(x).double().mean(0), n)
         self.counts[name] = self.counts.get(name, 0) + n
 
+    def reset(self): super().reset(); self.counts = {}
     def positions(self, x): return x.flatten(2)
     def gathered(self, x): return self.criteria.gather(x)
     def mean(self, name): return self.sums[name]/self.counts[name]

@@ -104,19 +104,20 @@ def _to(x, device): # tensors of any batch, plain and on the device
     return tuple(_to(v, device) for v in x) if isinstance(x, (list, tuple)) else x
 
 def batches(
-    data, # fastai `DataLoaders` (training data in order, nothing dropped), a `DataLoader`, a list of batches, or one batch: a tensor, a tuple or a dict
+    data, # fastai `DataLoaders` (training data in order, nothing dropped), a `DataLoader`, a list of batches, or one batch: a tensor, a tuple, a dict or a `Batch`
     device=None, # Where to put them
     n_inp: int = None, # How many entries of a tuple are inputs; by default all but the last
 ):
     "Each batch of `data` as a `Batch`, on `device`"
     if hasattr(data, 'loaders') and hasattr(data, 'train'): data = data.train # fastai DataLoaders
     if hasattr(data, 'n_inp'): n_inp, data = n_inp or data.n_inp, data.new(shuffle=False, drop_last=False) # fastai DataLoader
-    if isinstance(data, (torch.Tensor, Mapping)) or isinstance(data, tuple) and data and isinstance(data[0], torch.Tensor): data = [data]
+    if isinstance(data, (torch.Tensor, Mapping, Batch)) or isinstance(data, tuple) and data and isinstance(data[0], torch.Tensor): data = [data]
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes)): raise TypeError(f"data must be DataLoaders, a DataLoader, a list of batches or a batch, got {type(data).__name__}")
     n = 0
     for b in data:
         n, b = n + 1, _to(b, device)
-        if isinstance(b, dict): yield Batch(b)
+        if isinstance(b, Batch): yield Batch(_to(b.inputs, device), _to(b.targets, device))
+        elif isinstance(b, dict): yield Batch(b)
         elif isinstance(b, torch.Tensor): yield Batch((b,))
         elif isinstance(b, tuple) and b: k = n_inp or max(len(b) - 1, 1); yield Batch(b[:k], b[k:])
         else: raise TypeError(f"data: batch {n} is a {type(b).__name__}; a batch is a tensor, a tuple of inputs and targets, or a dict")

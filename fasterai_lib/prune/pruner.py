@@ -127,7 +127,6 @@ class Pruner:
         targets, alive = self.targets(sparsity), self.graph.alive.copy()
         groups = {g.name: g for g in self.groups if g.name in targets}
         if any(s == 100 for s in targets.values()): raise ValueError("100 % leaves nothing of a layer; to remove a whole one use remove_layer or remove_blocks")
-        if self.criteria.needs_data and (self.data is not None or not self.refs): self.collect()
         items = {n: [_Scores(g, self.criteria, self.scores(g))] for n, g in groups.items()}
         gone = {n: len(g.roots) - g.n for n, g in groups.items()}
         if self.context.name == 'global':
@@ -155,6 +154,7 @@ class Pruner:
 
     # --- removing
     def _prepare(self, sparsity): # decide, and find out how to make it run
+        if self.criteria.needs_data and (self.data is not None or not self.refs): self.collect()
         for _ in range(60):
             alive = self.decide(sparsity)
             if not self.check: self.prover.guess(alive)

@@ -60,6 +60,7 @@ class Sparsifier:
         warm = {n: [u for u in us if frozen or any(s.param.requires_grad for s in u.shares)] for n, us in found.items()}
         self.layers = {n: us for n, us in warm.items() if us}
         self.model, self.granularity, self.criteria, self.data, self.loss = model, granularity, as_criteria(criteria), data, loss
+        self.root, self.dot = None, '' # what is run, where `model` is a part of it, and how its names begin there
         self.context = as_context(self.criteria.context if context is None and self.criteria.context else context)
         self.layer_type, self.exclude, self.frozen = layer_type, exclude, frozen
         self.min_kept, self.max_sparsity = _whole(min_kept, 'min_kept', 0), as_percent(max_sparsity, 'max_sparsity')
@@ -90,7 +91,9 @@ class Sparsifier:
     def collect(self):
         "Run the model over the data, and gather what the criterion needs"
         if self.data is None: raise ValueError(f"{self.criteria} looks at data ({self.criteria.needs}): pass data=, and loss= where gradients are needed")
-        self.refs = collect(self.criteria, self.model, self.params, self.data, self.loss)
+        root, dot = self.root or self.model, self.dot
+        refs = collect(self.criteria, root, {dot + n: p for n, p in self.params.items()}, self.data, self.loss)
+        self.refs = {n.removeprefix(dot): r for n, r in refs.items()}
 
     def targets(self,
         sparsity: 'float | list | dict' # One percentage, a list with one per layer, or a dict by layer name or glob
