@@ -17,6 +17,7 @@ from .core.schedule import *
 from .core.units import Units, layers_of, units_of
 from .core.watch import Watch
 from .prune.blocks import remove_blocks, remove_layer
+from .prune.constants import fold_constants
 from .prune.coupled import CoupledUnits, coupled
 from .prune.graph import Group, UnitGraph, trace
 from .prune.plan import Plan, load_plan, load_pruned, save_pruned

@@ -178,9 +178,10 @@ class Pruner:
     def adopt(self,
         alive: np.ndarray, # One boolean per label of the graph: does it stay?
         opt=None, # The model's optimizer
+        plan: Plan = None, # Of this removal; made here by default
     ) -> Plan: # What was removed
         "Remove what is not alive, without deciding or proving anything"
-        plan = self.prover.plan(alive)
+        if plan is None: plan = self.prover.plan(alive)
         refs = {n: _sliced(r, plan.cuts[n]) if n in plan.cuts else r for n, r in self.refs.items()}
         plan.remove(self.model, opt)
         self.graph.alive, self.refs = alive, refs
