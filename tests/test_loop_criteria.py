@@ -14,6 +14,7 @@ from torch import nn
 
 from fasterai_lib.core.criteria import criteria
 from fasterai_lib.core.schedule import Schedule, lin, one_shot
+from fasterai_lib.prune.prune_callback import PruneCallback
 from fasterai_lib.sparse.sparsifier import Sparsifier
 from fasterai_lib.sparse.sparsify_callback import SparsifyCallback
 
@@ -122,3 +123,32 @@ def test_its_own_context():
     model = net()
     fit(learner(model), cbs=SparsifyCallback(50, 'weight', None, 'wanda', lin))
     assert ((model[3].weight == 0).flatten(1).sum(1) == model[3].weight[0].numel()//2).all() # in each row
+
+
+# --- removal
+
+@pytest.mark.parametrize('criterion', DATA, ids=ids)
+def test_every_criterion_removes_what_was_asked(criterion):
+    model = net()
+    learn = learner(model, n=16)
+    fit(learn, cbs=PruneCallback(50, 'local', criterion, lin))
+    assert (model[0].out_channels, model[3].out_channels) == (2, 3)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()) and torch.overrides._len_torch_function_stack() == 0
+
+def test_removal_goes_by_the_gradients_of_the_loop():
+    model, w = net(), Watcher()
+    learn = learner(model)
+    fit(learn, cbs=[w, PruneCallback({'3': 50}, 'local', 'movement_grad', at(2))])
+    learn = learner(model2 := net())
+    seen = []
+    class Two(Callback):
+        def after_backward(self):
+            if self.iter < 2: seen.append({n: (-p*p.grad).detach().clone() for n, p in self.model.named_parameters()})
+        def before_batch(self):
+            if self.iter == 2: raise CancelFitException
+    fit(learn, cbs=Two())
+    mean = {n: (seen[0][n] + seen[1][n])/2 for n in seen[0]}
+    score = torch.cat([mean['3.weight'].flatten(1), mean['7.weight'].reshape(3, 6, 4).transpose(0, 1).flatten(1)], 1).mean(1)
+    keep = score.argsort()[3:].sort().values
+    step = model2[3].weight[keep].detach()
+    assert model[3].weight.shape == step.shape and (model[3].weight.detach() - step).abs().max() < .1*step.abs().max() # one step of training later

@@ -52,6 +52,13 @@ class LoopStatistics:
         "Take the gradients that backward has left, if gradients are needed"
         if self.criteria.needs == 'grad': self.collector.add_grads(scale)
 
+    def cut(self,
+        cuts: dict, # Name to {axis: indices that are kept}
+    ):
+        "Follow a removal: what was seen of the units that are gone is forgotten"
+        for n in set(cuts) & set(self.collector.sums):
+            for axis, kept in cuts[n].items(): self.collector.sums[n] = self.collector.sums[n].index_select(axis, kept.to(self.collector.sums[n].device))
+
     def result(self) -> dict: # Name to statistic
         "What was seen since the last time; since the beginning, for a criterion that is cumulative"
         out = self.collector.result()

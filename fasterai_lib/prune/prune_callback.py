@@ -20,6 +20,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..core.allocation import Context, as_context
 from ..core.criteria import Criteria, as_criteria
+from ..core.loop import LoopStatistics
+from ..core.running import Batch
 from ..core.schedule import Schedule, _duration, _fraction, as_schedule
 from ..core.selection import _half_up
 from .constants import fold_constants
@@ -27,7 +29,7 @@ from .plan import Plan, _record, sources
 from .pruner import Pruner
 from .record import _map
 from ..sparse.sparsifier import as_percent
-from ..sparse.sparsify_callback import MaskCallback, SparsifyCallback
+from ..sparse.sparsify_callback import MaskCallback, SparsifyCallback, _loss_scale
 
 # %% ../../nbs/prune/prune_callback.ipynb #e10c955a
 class _Asked(dict): "Percent by group of units, settled"
@@ -80,9 +82,9 @@ class PruneCallback(Callback):
         self.globally = self.context.name == 'global'
         self.part, self.example_inputs, self.every, self.frozen, self.copies = model, example_inputs, None if every is None else _duration(every, 'every'), frozen, tuple(copies)
         self.how = dict(round_to=round_to, ignored=ignored, exact=exact, min_kept=min_kept, max_sparsity=max_sparsity, check=check)
-        self.pruner, self.started, self.first, self.history, self.columns, self.targets, self.ready = None, False, None, [], False, {}, False
+        self.loop, self.pruner, self.started, self.first, self.history, self.columns, self.targets, self.ready = None, None, False, None, [], False, {}, False
 
-    def __getstate__(self): return {**self.__dict__, 'pruner': None, 'groups': {}, 'targets': {}, 'ready': False} # the model remembers what was removed from it
+    def __getstate__(self): return {**self.__dict__, 'pruner': None, 'loop': None, 'groups': {}, 'targets': {}, 'ready': False} # the model remembers what was removed from it
 
     # --- the life of a fit
     def before_fit(self):
@@ -110,14 +112,26 @@ class PruneCallback(Callback):
             passed = int(np.searchsorted(self.due, t, 'right'))
             if passed > self.passed: self._remove(asked)
             self.passed = passed
+            if self.loop is not None: self.loop.listen()
+
+    def after_backward(self):
+        if self.loop is not None and not self._searching: self.loop.gradients(_loss_scale(self.learn))
+
+    def _prepare(self, asked): # decide and prove, by what the loop has seen; by a pass over this batch where it has seen nothing, or not enough
+        p = self.pruner
+        if self.loop is not None and self.loop.ready: p.refs = self.loop.result()
+        elif self.loop is not None: p.data, p.loss = Batch(tuple(self.xb), tuple(self.yb)), self.learn.loss_func
+        try: return p._prepare(self._of_now(asked))
+        finally: p.data = None
 
     def _remove(self, asked):
         p = self.pruner
-        alive, copies = p._prepare(self._of_now(asked)), self._copies()
+        alive, copies = self._prepare(asked), self._copies()
         if np.array_equal(alive, p.graph.alive): return
         for c in copies: p.prover.plan(alive).check(c)
         plan = p.adopt(alive, self.learn.opt)
         for c in copies: plan.remove(c)
+        if self.loop is not None: self.loop.cut(plan.cuts)
         self.started = True
         for cb in self.learn.cbs:
             if isinstance(cb, ModelResetter): p.model.reset() # its hidden state had another size
@@ -132,6 +146,7 @@ class PruneCallback(Callback):
             if isinstance(cb, TrackerCallback) and getattr(cb, 'best', None) is not None: cb.best = float('inf') if cb.comp(0, 1) else -float('inf')
 
     def after_fit(self):
+        if not (self._validating or self._searching): self.loop = None
         if self._validating or self._searching or not self.ready or not self.passed: return
         for cb in self.learn.cbs: # stopped between a removal and the end of its epoch: the best model of this size is the one that is there
             if isinstance(cb, SaveModelCallback) and not cb.every_epoch and not cb.at_end and cb.last_saved_path is None: cb._save(f'{cb.fname}')
@@ -187,7 +202,8 @@ class PruneCallback(Callback):
         self.pruner.prover.inputs = inputs
         self._measure()
         if self.targets:
-            self.pruner._prepare(self._of_now(self.targets))
+            self.loop = LoopStatistics(self.criteria, model, self.pruner.params, partial=True) if self.criteria.needs_data else None
+            self._prepare(self.targets)
             self._measure() # the proof may have pinned some
         self.passed, moved, self.floor = 0, np.zeros(self.steps, bool), {} if resumed or not self.targets else self._gone()
         if self.targets:

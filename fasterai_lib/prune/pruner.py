@@ -75,8 +75,12 @@ class Pruner:
     def collect(self):
         "Run the model over the data, and gather what the criterion needs"
         if self.data is None: raise ValueError(f"{self.criteria} looks at data ({self.criteria.needs}): pass data=, and loss= where gradients are needed")
+        self.refs = collect(self.criteria, self.model, self.params, self.data, self.loss, partial=True)
+
+    @property
+    def params(self): # name to weight, of all that is scored
         now = self.graph.tensors()
-        self.refs = collect(self.criteria, self.model, {n: now[n] for n in dict.fromkeys(n for g in self.groups for n, _, _ in g.weights)}, self.data, self.loss, partial=True)
+        return {n: now[n] for n in dict.fromkeys(n for g in self.groups for n, _, _ in g.weights)}
 
     def _tells(self, n, a): # is there a statistic of tensor n, and, where it alone is the score, does it differ along axis a?
         return not self.criteria.needs_data or n in self.refs and not (self.criteria.return_init and self.refs[n].stride(a) == 0 and self.refs[n].shape[a] > 1)

@@ -41,6 +41,9 @@ def _masked(x, mask, shape): # x with zeros where the mask has them: in place, b
     zero_dead_(x.values(), mask.full(shape).to(x.device)[x.indices()[0]])
     return x
 
+def _loss_scale(learn): # what mixed precision multiplies the loss with
+    return (learn.loss_grad/learn.loss).detach() if any(isinstance(cb, MixedPrecision) for cb in learn.cbs) else None
+
 class MaskCallback(Callback):
     "Keep masked weights at zero during training"
     order = Recorder.order + 5 # after the Recorder, before progress bars, trackers and loggers
@@ -181,9 +184,7 @@ class SparsifyCallback(MaskCallback):
         finally: s.data = None
 
     def after_backward(self):
-        if self.loop is not None and not self._searching: # before the masks zero them
-            mixed = any(isinstance(cb, MixedPrecision) for cb in self.learn.cbs)
-            self.loop.gradients((self.learn.loss_grad/self.learn.loss).detach() if mixed else None)
+        if self.loop is not None and not self._searching: self.loop.gradients(_loss_scale(self.learn)) # before the masks zero them
         super().after_backward()
 
     def _change(self, masks): # from one set of masks to the next: only what is newly removed needs to be zeroed
