@@ -20,7 +20,7 @@ from ..core.selection import Scored
 from ..sparse.sparsifier import _whole, as_percent
 from .graph import trace
 from .optimizer import _sliced
-from .plan import Plan
+from .plan import Plan, _times
 from .verify import Prover
 
 _norm = lambda x, d: torch.linalg.vector_norm(x, 2, d)
@@ -164,6 +164,7 @@ class Pruner:
         "Remove what is not alive, without deciding or proving anything"
         plan = self.prover.plan(alive)
         refs = {n: _sliced(r, plan.cuts[n]) if n in plan.cuts else r for n, r in self.refs.items()}
+        refs = {n: _times(r, *plan.scales[n][:2]) if n in plan.scales else r for n, r in refs.items()}
         plan.remove(self.model, opt)
         self.graph.alive, self.refs = alive, refs
         if self.criteria.needs_update: self.remember()

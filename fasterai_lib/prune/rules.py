@@ -37,6 +37,7 @@ class Flow:
         self.params, self.splits, self.heads, self.wilds, self.produced, self.scaled, self.unknown, self.parts = {}, [], [], [], [], [], {}, {}
         self.tags = [] # (labels, number): which part of a split they are
         self.groups = {} # (record number, op index) -> atoms of the groups of a convolution or norm
+        self.averages = [] # (`Fold`, labels of the axes that are averaged over)
 
     # one record
     def read(self,
@@ -108,6 +109,14 @@ class Flow:
     ):
         "Nothing of these axes can be removed"
         for a in ls: self.pin(a, reason)
+    def average(self,
+        ls: list, # Labels of several axes
+        reason: str,
+    ):
+        "The result depends on how many of these axes there are"
+        fold = self.record.folds.get(self.at)
+        if fold: self.averages.append((fold, [a for a in ls if a is not None]))
+        elif self.exact: self.pins(ls, reason)
     def makes(self,
         a: 'np.ndarray | None', # Labels of the rows of a weight
     ):
