@@ -55,7 +55,7 @@ class _Chains: # of the operators of a record
             if (k := self.maker(r, k)) is None: return None
             op = self.ops[k]
             refs, rest = tensors_in(op.args), [a for a in op.args if not isinstance(a, Ref)]
-            if op.name == 'add' and len(refs) == len(rest) == 1 and _number(rest[0]) and not op.kwargs: offset += rest[0]
+            if op.name in ('add', 'sub') and len(refs) == len(rest) == 1 and _number(rest[0]) and not op.kwargs: offset += rest[0] if op.name == 'add' else -rest[0]
             elif op.name not in _kept: return None
             r = refs[0]
             between.add(k)

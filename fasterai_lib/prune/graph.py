@@ -106,8 +106,11 @@ class UnitGraph:
             if path in self.replaced and n.endswith('_proj_weight') and self.shapes[n][0] == (3 if n.endswith('in_proj_weight') else 1)*self.model.get_submodule(path).head_dim: f.pins(axes[:1], 'it is the only head')
         for labels, reason in self.pins: f.atoms.pin(labels, reason)
         f.settle()
-        if apart := self._apart(): self.pins += apart; return self.solve()
-        self.averages = list(f.averages)
+        apart = self._apart()
+        if found := [(a, (f'norms share {key}, and average over other axes', 'mean', (), ('', 0))) for key, (_, axes) in apart for a in axes if f.atoms.free(a)] if self.exact else []:
+            self.pins += found
+            return self.solve()
+        self.averages = [a for a in f.averages if all(a is not other for _, other in apart)]
         self.roots = {n: [None if a is None else f.atoms.find(a) for a in axes] for n, axes in f.params.items()}
         if self.alive is None: self.alive = np.ones(f.atoms.n, bool)
         made = np.zeros(f.atoms.n, bool)
@@ -115,14 +118,13 @@ class UnitGraph:
         made[0] = False
         self.groups = self._collect(made)
 
-    def _apart(self): # norms that share a weight or an epsilon, but do not lose the same
-        shared, out = {}, []
-        for fold, axes in self.flow.averages:
+    def _apart(self): # (weight or epsilon, average) where norms that share it do not lose the same
+        shared = {}
+        for average in self.flow.averages:
+            fold, axes = average
             lost = sorted(np.sort(r).tobytes() for a in axes if (r := self.flow.atoms.find(a)).any())
-            for key, power in ((fold.name, fold.power), *(((path, attr), p) for path, attr, p in fold.epsilons)): shared.setdefault(key, []).append(((lost, power), axes))
-        for key, uses in shared.items():
-            if any(u != uses[0][0] for u, _ in uses): out += [(a, (f"norms share {key if isinstance(key, str) else '.'.join(key)}, and average over other axes", 'mean', (), ('', 0))) for _, axes in uses for a in axes if self.flow.atoms.free(a)]
-        return out
+            for key, power in ((fold.name, fold.power), *((f'{path}.{attr}', p) for path, attr, p in fold.epsilons)): shared.setdefault(key, []).append(((lost, power), average))
+        return [(key, average) for key, uses in shared.items() if any(how != uses[0][0] for how, _ in uses) for _, average in uses]
 
     def _collect(self, made): # units that have slices of the same axes
         axes = [(n, d, r) for n, rs in self.roots.items() for d, r in enumerate(rs) if r is not None and r.any()]
