@@ -132,7 +132,7 @@ class Pruner:
     def refusal(self):
         found = self.graph.reasons()
         why = '; '.join(f"{r} ({n} layer{'s' if n > 1 else ''})" for r, n in found.value_counts().items()) or 'no layer makes channels'
-        loose = self.graph.exact and any(w in r for r in found for w in ('norm', 'mean depends', 'computes something else')) # would it help?
+        loose = self.graph.exact and any(w in r for r in found for w in ('norm', 'depends on how many', 'computes something else')) # would it help?
         return f"nothing can be removed from {type(self.model).__name__}{' exactly' if self.graph.exact else ''}: {why}" + ('. With exact=False these may go too, but the result changes' if loose else '')
 
     # --- removing

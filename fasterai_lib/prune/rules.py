@@ -57,10 +57,14 @@ class Flow:
         for r in record.outputs if pin_outputs else ():
             for l in self.of(r): self.pin(l, 'it is an output of the model')
 
-    def needed(self, record): # one boolean per operator: does anything read what it makes?
-        used, out = {r.id for r in record.outputs}, []
-        for op in reversed(record.ops):
-            out.append(not op.outs or op.func._schema.is_mutable or any(r.id in used for r in op.outs))
+    def needed(self, record): # one boolean per operator: does anything read what it makes, or do features meet weights, whose sizes must agree all the same?
+        used, out, weights, meets = {r.id for r in record.outputs}, [], set(record.sources), set()
+        for i, op in enumerate(record.ops):
+            held = [r.id in weights for r in tensors_in([op.args, op.kwargs])]
+            if held and all(held): weights.update(r.id for r in op.outs)
+            elif any(held): meets.add(i)
+        for i, op in reversed(list(enumerate(record.ops))):
+            out.append(not op.outs or op.func._schema.is_mutable or i in meets or any(r.id in used for r in op.outs))
             if out[-1]: used.update(r.id for r in tensors_in([op.args, op.kwargs]))
         return out[::-1]
 

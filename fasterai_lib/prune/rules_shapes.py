@@ -173,10 +173,13 @@ def _pad(f, op):
     return [l]
 
 # %% ../../nbs/prune/rules_shapes.ipynb #f1111f8a
+_statistics = dict(mean=1, var=1, std=1, var_mean=2, std_mean=2, amax=1, amin=1, max=1, min=1, logsumexp=1, aminmax=2) # outputs that are no positions: of fewer they are others, but still what they say
+
 def _reduced(f, op, dims, pin=True):
     x = op.args[0]
     dims, l = axes_of(dims, len(x.shape)), f.of(x)
-    if pin: (f.average if op.name == 'mean' else f.pins)([l[d] for d in dims if l], f'{op.name} depends on how many there are')
+    if pin and len(op.outs) <= _statistics.get(op.name, 0): f.average([l[d] for d in dims if l], f'{op.name} depends on how many there are')
+    elif pin: f.pins([l[d] for d in dims if l], f'{op.name} runs over it')
     outs = []
     for r in op.outs:
         if len(r.shape) == len(x.shape): outs.append([None if d in dims else a for d, a in enumerate(l)])
