@@ -7,13 +7,17 @@ __all__ = []
 
 # %% ../nbs/all.ipynb #cee45894
 from .core.allocation import Context
+from .core.collect import Collector, collect
 from .core.cost import positions
 from .core.criteria import *
+from .core.data_criteria import *
 from .core.granularity import Granularities, Tile, spans
 from .core.masks import Mask, Masks
 from .core.schedule import *
 from .core.units import Units, layers_of, units_of
+from .core.watch import Watch
 from .prune.blocks import remove_blocks, remove_layer
+from .prune.constants import fold_constants
 from .prune.coupled import CoupledUnits, coupled
 from .prune.graph import Group, UnitGraph, trace
 from .prune.plan import Plan, load_plan, load_pruned, save_pruned

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['reducers', 'normalizers', 'criteria', 'random', 'large_final', 'squared_final', 'small_final', 'large_init',
            'small_init', 'large_init_large_final', 'small_init_small_final', 'magnitude_increase', 'movement', 'movmag',
-           'updating_magnitude_increase', 'updating_movement', 'updating_movmag', 'Criteria', 'as_criteria']
+           'updating_magnitude_increase', 'updating_movement', 'updating_movmag', 'l1', 'l2', 'layer_magnitude', 'lamp',
+           'fpgm', 'Criteria', 'as_criteria']
 
 # %% ../../nbs/core/criteria.ipynb #06782e40
 from typing import Callable
@@ -45,19 +46,42 @@ class Criteria:
         output_fn: Callable = None, # `g(f(weights), f(reference))`; the score is `f(weights)` without it
         return_init: bool = False, # The score is `f(reference)`
         name: str = None, # For tables and plots
+        needs: str = None, # What data tells: a name in `core.collect.collectors`, such as `'grad'`; the reference is then a statistic per weight
+        gather: Callable = None, # What of a batch is averaged into that statistic; its arguments are the collector's
+        per_sample: bool = False, # Gather from each sample alone: for what is not linear in the samples?
+        between: Callable = None, # Scores of units from the rows `[units, weights of a unit]` of elementwise scores, in place of `reducer`
+        context: str = None, # Which units compete when the user does not say
+        cumulative: bool = False, # In training, go on adding to the statistic after each decision?
+        rounds: int = 1, # Steps to a decision, the statistic collected anew after each
     ):
         if not callable(f): raise TypeError(f"Criteria: f must be a function of a tensor, got {f!r}")
         if needs_init and needs_update: raise ValueError("Criteria: needs_init and needs_update are two references; choose one")
-        if (output_fn or return_init) and not (needs_init or needs_update): raise ValueError("Criteria: output_fn and return_init need a reference: needs_init=True or needs_update=True")
+        if needs is not None and (needs_init or needs_update): raise ValueError(f"Criteria: needs={needs!r} and needs_init or needs_update are two references; choose one")
+        if (output_fn or return_init) and not (needs_init or needs_update or needs): raise ValueError("Criteria: output_fn and return_init need a reference: needs_init=True, needs_update=True or needs=")
+        for what, g in (('gather', gather), ('between', between)):
+            if g is not None and not callable(g): raise TypeError(f"Criteria: {what} must be a function, got {g!r}")
         self.f, self.output_fn, self.return_init, self.needs_init, self.needs_update = f, output_fn, return_init, needs_init, needs_update
         if output_fn is not None and not callable(output_fn): raise TypeError(f"Criteria: output_fn must be a function of two tensors, got {output_fn!r}")
         if reducer is None: raise ValueError(f"Criteria: reducer None: give a function or one of {', '.join(reducers)}")
         self.reducer, self.normalizer = _pick(reducer, reducers, 'reducer'), _pick(normalizer, normalizers, 'normalizer')
         self.name = name or getattr(f, '__name__', type(f).__name__)
+        self.needs = needs or ('init' if needs_init else 'previous' if needs_update else 'weights')
+        self.gather, self.per_sample, self.between, self.context, self.cumulative, self.rounds = gather, per_sample, between, context, cumulative, rounds
 
     def __repr__(self): return f"Criteria({self.name})"
     @property
-    def needs_reference(self): return self.needs_init or self.needs_update
+    def needs_reference(self): return self.needs != 'weights'
+    @property
+    def needs_data(self): return self.needs not in ('weights', 'init', 'previous')
+
+    def reference(self,
+        refs: dict, # Parameter name to reference
+        name: str, # Of the parameter
+    ) -> torch.Tensor: # None where the criterion looks at the weights alone
+        "What the weights of a parameter are compared with"
+        if not self.needs_reference: return None
+        if refs is None or name not in refs: raise ValueError(f"{name}: {self} compares with {self.needs}, of which there is nothing" + (": pass data=, what the model runs on" if self.needs_data and not refs else ''))
+        return refs[name]
 
     def elementwise(self,
         w: torch.Tensor, # Weights
@@ -77,9 +101,11 @@ class Criteria:
         refs: dict = None, # Parameter name to reference weights
     ) -> torch.Tensor: # One score per unit, flat
         "The score of each unit"
-        def values(s): return s.param.detach().reshape(s.grid.view), (refs[s.name].reshape(s.grid.view) if self.needs_reference else None)
-        if len(units.shares) > 1: # one unit across several weights
-            s = self.reducer(torch.cat([s.grid.rows(self.elementwise(*values(s), units.layer)) for s in units.shares], 1), (1,), False)
+        def values(s): return s.param.detach().reshape(s.grid.view), (self.reference(refs, s.name).reshape(s.grid.view) if self.needs_reference else None)
+        if self.between and units.size is None: raise ValueError(f"{units.layer}: {self} compares whole units, which must have one size; blocks of {units.grid.block} do not divide {units.grid.view}")
+        if len(units.shares) > 1 or self.between: # one unit across several weights, or units that are compared
+            rows = torch.cat([s.grid.rows(self.elementwise(*values(s), units.layer)) for s in units.shares], 1)
+            s = self.between(rows) if self.between else self.reducer(rows, (1,), False)
         else: s = self._reduced(units, *values(units.shares[0])).flatten()
         return self.normalizer(s) if self.normalizer else s
 
@@ -98,6 +124,20 @@ def _distance(a, b): return (a - b).abs()
 def _moved_magnitude(a, b): return (a*(a - b)).abs()
 def _neg_max(a, b): return -torch.maximum(a, b)
 
+def _lamp(s): # each over the sum of those that are not smaller: comparable between layers, and the largest is 1 in each
+    v, order = s.sort(descending=True)
+    sums = v.cumsum(0, dtype=torch.float64)
+    last = torch.searchsorted(-v, -v, right=True) - 1 # equal ones share their sum
+    return torch.empty_like(s).scatter_(0, order, torch.where(v > 0, v/sums[last].clamp_min(torch.finfo(v.dtype).tiny), v).to(s.dtype))
+normalizers['lamp'] = _lamp
+
+def _distances(rows): # [units, weights] to [units]: sums of Euclidean distances to all other units
+    if rows.shape[1] == 1: # |a - b| of sorted numbers needs no pairs
+        v, order = rows[:, 0].double().sort()
+        i, n, sums = torch.arange(len(v), device=v.device, dtype=torch.float64), len(v), v.cumsum(0)
+        return torch.empty_like(v).scatter_(0, order, (2*i + 2 - n)*v - 2*sums + sums[-1]).to(rows.dtype)
+    return torch.cat([torch.cdist(part, rows, compute_mode='donot_use_mm_for_euclid_dist').sum(1) for part in rows.split(1024)])
+
 criteria = {name: Criteria(f, name=name, **kw) for name, f, kw in (
     ('random', torch.rand_like, {}),
     ('large_final', torch.abs, {}),
@@ -112,7 +152,12 @@ criteria = {name: Criteria(f, name=name, **kw) for name, f, kw in (
     ('movmag', _same, dict(needs_init=True, output_fn=_moved_magnitude)),
     ('updating_magnitude_increase', torch.abs, dict(needs_update=True, output_fn=torch.sub)),
     ('updating_movement', _same, dict(needs_update=True, output_fn=_distance)),
-    ('updating_movmag', _same, dict(needs_update=True, output_fn=_moved_magnitude)))}
+    ('updating_movmag', _same, dict(needs_update=True, output_fn=_moved_magnitude)),
+    ('l1', torch.abs, dict(reducer='sum')),
+    ('l2', torch.abs, dict(reducer='l2')),
+    ('layer_magnitude', torch.abs, dict(normalizer='mean')),
+    ('lamp', torch.square, dict(reducer='sum', normalizer='lamp')),
+    ('fpgm', _same, dict(between=_distances)))}
 
 random, large_final, squared_final, small_final = (criteria[n] for n in ('random', 'large_final', 'squared_final', 'small_final'))
 large_init, small_init = criteria['large_init'], criteria['small_init']
@@ -120,6 +165,7 @@ large_init_large_final, small_init_small_final = criteria['large_init_large_fina
 magnitude_increase, movement, movmag = criteria['magnitude_increase'], criteria['movement'], criteria['movmag']
 updating_magnitude_increase, updating_movement = criteria['updating_magnitude_increase'], criteria['updating_movement']
 updating_movmag = criteria['updating_movmag']
+l1, l2, layer_magnitude, lamp, fpgm = (criteria[n] for n in ('l1', 'l2', 'layer_magnitude', 'lamp', 'fpgm'))
 
 def as_criteria(c: 'str | Criteria') -> Criteria: # A name in `criteria`, or a `Criteria`
     "The criterion that `c` means"

@@ -31,7 +31,10 @@ class Scored:
     @property
     def lazy(self): # can any piece of it be scored alone?
         s = self.units.shares[0]
-        return len(self.units.shares) == 1 and s.grid.elementwise and self.criteria.normalizer is None and s.param.is_contiguous()
+        return len(self.units.shares) == 1 and s.grid.elementwise and self.criteria.normalizer is None and self.criteria.between is None and s.param.is_contiguous() and self._flat(s)
+
+    def _flat(self, s): # a statistic that is the same along an axis is not
+        return not self.criteria.needs_data or self.criteria.reference(self.refs, s.name).is_contiguous()
 
     def all(self) -> torch.Tensor:
         "All scores, flat; computed once"
@@ -46,7 +49,7 @@ class Scored:
         if not self.lazy: return self.all()[at]
         s = self.units.shares[0]
         take = lambda x: x.view(-1)[at] if isinstance(at, slice) else x.view(-1).index_select(0, at)
-        return self.criteria.elementwise(take(s.param.detach()), take(self.refs[s.name]) if self.criteria.needs_reference else None, self.units.layer)
+        return self.criteria.elementwise(take(s.param.detach()), take(self.criteria.reference(self.refs, s.name)) if self.criteria.needs_reference else None, self.units.layer)
 
     def complain(self):
         bad = [s.name for s in self.units.shares if not torch.isfinite(s.param).all()]

@@ -81,8 +81,12 @@ class Plan(Masks):
         super().__init__(masks)
         self.cuts, self.sizes, self.shapes, self.groups, self.scales = cuts, sizes, shapes, list(groups), scales or {}
         self.weights = list(masks if weights is None else weights)
+        self.shifts, self.folded, self.dropped, self.change = {}, {}, {}, None # constants that units still emit: see `fold_constants`
 
-    def __repr__(self): return f"Plan({len(self.groups)} groups of units, {len(self.cuts)} tensors, {self.removed_weights:,} of {self.all_weights:,} weights removed)"
+    def __repr__(self):
+        said = [f'constants of units folded into {", ".join(t for _, t in self.folded.values())}'] if self.folded else []
+        if self.dropped: said.append(f'constants of units dropped at {", ".join(self.dropped)}, which changes the output by {100*self.change:.2g} %')
+        return '; '.join([f"Plan({len(self.groups)} groups of units, {len(self.cuts)} tensors, {self.removed_weights:,} of {self.all_weights:,} weights removed", *said]) + ')'
 
     @property
     def all_weights(self): return sum(int(np.prod(s)) for n, s in self.shapes.items() if n in self.weights)
@@ -105,6 +109,8 @@ class Plan(Masks):
         for n in {**self.cuts, **self.scales}:
             if n not in have: raise ValueError(f"the plan is for a tensor {n!r} that {type(model).__name__} does not have; {suggest(n, list(have))}")
             if n in self.cuts and tuple(have[n].shape) != tuple(self.shapes[n]): raise ValueError(f"{n}: the plan is for shape {tuple(self.shapes[n])}, {type(model).__name__} has {tuple(have[n].shape)}")
+        for n, s in self.shifts.items():
+            if n not in have or have[n].shape != s.shape: raise ValueError(f"the plan folds constants into {n!r}, of {len(s)} values, which {type(model).__name__} does not have")
         return have
 
     def remove(self,
@@ -122,6 +128,9 @@ class Plan(Masks):
         epsilons = {(path, attr): epsilon(model, path, attr, have[n].dtype)*f for n, (*_, eps) in self.scales.items() for path, attr, f in eps}
         for (path, attr), v in epsilons.items(): sizes.setdefault(path, []).append((attr, None, v))
         if opt is not None: undo.optimizer = slice_optimizer_(opt, {have[n]: (self.shapes[n], list(c.items())) for n, c in self.cuts.items() if isinstance(have[n], nn.Parameter)})
+        for n, s in self.shifts.items():
+            undo.tensor(t := have[n])
+            _replace(t, (t.detach().double() + s.to(t.device)).to(t.dtype), t.grad)
         for n, c in self.cuts.items():
             t = have[n]
             if id(t) in cut: continue # tied

@@ -22,11 +22,12 @@ from ..core.allocation import Context, as_context
 from ..core.criteria import Criteria, as_criteria
 from ..core.schedule import Schedule, _duration, _fraction, as_schedule
 from ..core.selection import _half_up
+from .constants import fold_constants
 from .plan import Plan, _record, sources
 from .pruner import Pruner
 from .record import _map
 from ..sparse.sparsifier import as_percent
-from ..sparse.sparsify_callback import MaskCallback
+from ..sparse.sparsify_callback import MaskCallback, SparsifyCallback
 
 # %% ../../nbs/prune/prune_callback.ipynb #e10c955a
 class _Asked(dict): "Percent by group of units, settled"
@@ -50,6 +51,7 @@ class PruneCallback(Callback):
     "Remove units of a model while it trains, along a schedule"
     order = Recorder.order + 5 # after the Recorder, before progress bars, trackers and loggers
     _validating, _searching, _need_learner = MaskCallback._validating, MaskCallback._searching, MaskCallback._need_learner
+    current = SparsifyCallback.current
 
     def __init__(self,
         sparsity: 'float | list | dict', # Units that go, in percent: one number, a list with one per group of units, or a dict by layer name or glob
@@ -135,10 +137,6 @@ class PruneCallback(Callback):
             if isinstance(cb, SaveModelCallback) and not cb.every_epoch and not cb.at_end and cb.last_saved_path is None: cb._save(f'{cb.fname}')
 
     # --- what is asked, and what is there
-    @property
-    def current(self) -> float: # in percent, over the layers of this callback
-        "The sparsity that the schedule asks for now"
-        return self.history[-1] if self.history else 0.
     @property
     def measured(self) -> float: # in percent
         "The share of the model's parameters that is gone, counted"
@@ -227,14 +225,15 @@ def shrink(
     example_inputs, # A tensor, tuple or dict to run it on
     opt=None, # Its optimizer, of fastai or torch: goes on with what it remembers of the rest
     exact: bool = True, # Only removals that compute the same as zeros?
-) -> Plan: # What was removed
+    fold: bool = True, # Add what dead units still emit to the biases that read it, where that is exact?
+) -> Plan: # What was removed, with `folded`, `dropped` and `change`
     "Remove the units that masks have left dead"
     model = _plain(model)
     graph = (pruner := Pruner(model, example_inputs, exact=exact)).graph
     for _ in range(60):
         alive = _dead(graph)
         if np.array_equal(alive, graph.alive): raise ValueError(f"{type(model).__name__} has no dead unit that can be removed: all weights that produce it must be zero, as granularity='filter' or 'row' leaves them")
-        if (blame := pruner.prover.prove(alive)) is None: return pruner.adopt(alive, opt)
+        if (blame := pruner.prover.prove(alive)) is None: return pruner.adopt(alive, opt, fold_constants(pruner.prover, alive) if fold else None)
         graph.pin(*blame)
     raise ValueError(f"{type(model).__name__}: no removal of its dead units was found that runs; the last reason: {blame[1][0]}")
 
@@ -242,9 +241,10 @@ def shrink(
 def shrink(self: Learner,
     example_inputs=None, # A tensor, tuple or dict to run the model on; by default two examples of the Learner's data
     exact: bool = True, # Only removals that compute the same as zeros?
-) -> Plan: # What was removed
+    fold: bool = True, # Add what dead units still emit to the biases that read it, where that is exact?
+) -> Plan: # What was removed, with `folded`, `dropped` and `change`
     "Remove the units that masks have left dead, from the Learner's model and its optimizer"
     device = next(self.model.parameters()).device
     dl = self.dls.valid if len(self.dls.loaders) > 1 and len(self.dls.valid) else self.dls.train
     if example_inputs is None: example_inputs = _examples(dl.one_batch()[:dl.n_inp], device)
-    return shrink(self.model, to_device(example_inputs, device), self.opt, exact)
+    return shrink(self.model, to_device(example_inputs, device), self.opt, exact, fold)

@@ -8,12 +8,15 @@ __all__ = ['Pruner']
 # %% ../../nbs/prune/pruner.ipynb #54da19e7
 import math
 from fnmatch import fnmatchcase
+from typing import Callable
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..core import data_criteria # registers them
 from ..core.allocation import Context, allocate, as_context
+from ..core.collect import collect
 from ..core.criteria import Criteria, as_criteria, reducers
 from ..core.granularity import suggest
 from ..core.selection import Scored
@@ -46,6 +49,8 @@ class Pruner:
         min_kept: int = 1, # Units that each group keeps
         max_sparsity: float = 100., # Percent of its units that a group loses at most
         check: bool = True, # Prove each removal by running the model?
+        data=None, # For criteria that look at data: `DataLoaders`, a `DataLoader`, a list of batches, or one batch
+        loss: Callable = None, # For those that need gradients: `f(out, *targets)`, the mean over the samples
     ):
         self.criteria, self.context = as_criteria(criteria), as_context(context)
         if self.context.name not in ('local', 'global'): raise ValueError(f"context {self.context.name!r} zeroes weights inside units; whole units compete in 'local' or 'global'")
@@ -53,7 +58,8 @@ class Pruner:
         self.max_sparsity, self.check = as_percent(max_sparsity, 'max_sparsity'), check
         self.model, self.graph = model, trace(model, example_inputs, exact, ignored)
         self.prover, self.refs = Prover(self.graph, example_inputs), {}
-        if self.criteria.needs_reference: self.remember()
+        self.data, self.loss = example_inputs if data is None and self.criteria.needs == 'signal' else data, loss
+        if self.criteria.needs_init or self.criteria.needs_update: self.remember()
 
     def __repr__(self): return f"Pruner({self.graph}, {self.criteria}, {self.context.name!r})"
 
@@ -66,6 +72,15 @@ class Pruner:
         "Take the weights as they are now for the reference that the criterion compares with"
         self.refs = {n: self.graph.tensors()[n].detach().clone() for n in {n for g in self.groups for n, _, _ in g.weights}}
 
+    def collect(self):
+        "Run the model over the data, and gather what the criterion needs"
+        if self.data is None: raise ValueError(f"{self.criteria} looks at data ({self.criteria.needs}): pass data=, and loss= where gradients are needed")
+        now = self.graph.tensors()
+        self.refs = collect(self.criteria, self.model, {n: now[n] for n in dict.fromkeys(n for g in self.groups for n, _, _ in g.weights)}, self.data, self.loss, partial=True)
+
+    def _tells(self, n, a): # is there a statistic of tensor n, and, where it alone is the score, does it differ along axis a?
+        return not self.criteria.needs_data or n in self.refs and not (self.criteria.return_init and self.refs[n].stride(a) == 0 and self.refs[n].shape[a] > 1)
+
     # --- deciding
     def scores(self,
         group: 'Group', # One of `groups`
@@ -74,15 +89,17 @@ class Pruner:
         now, parts, wanted = self.graph.tensors(), [], {(n, a) for n, a, _ in group.weights}
         join = _joined.get(self.criteria.reducer)
         for n, a, idx in group.places():
-            if (n, a) not in wanted: continue
+            if (n, a) not in wanted or not self._tells(n, a): continue
             w, at, ref = now[n].detach(), torch.from_numpy(idx).to(now[n].device), self.refs.get(n)
-            if join: # reduce each index first: no copy of the weights
+            if join and not self.criteria.between: # reduce each index first: no copy of the weights
                 others = tuple(d for d in range(w.ndim) if d != a)
                 s = self.criteria.elementwise(w, ref, group.layer)
                 part = join[0](s, others) if others else join[1](s)
                 parts.append((part[at], w.numel()//w.shape[a]))
             else: parts.append(self.criteria.elementwise(w.movedim(a, 0)[at].flatten(1), None if ref is None else ref.movedim(a, 0)[at].flatten(1), group.layer))
-        s = join[2](torch.cat([p for p, _ in parts], 1), sum(n*p.shape[1] for p, n in parts)) if join else self.criteria.reducer(torch.cat(parts, 1), (1,), False)
+        if not parts: raise ValueError(f"{group.layer}: {self.criteria} has seen nothing of these units in the data; leave them out with ignored={group.layer!r}")
+        if self.criteria.between: s = self.criteria.between(torch.cat(parts, 1))
+        else: s = join[2](torch.cat([p for p, _ in parts], 1), sum(n*p.shape[1] for p, n in parts)) if join else self.criteria.reducer(torch.cat(parts, 1), (1,), False)
         if self.criteria.normalizer: s = self.criteria.normalizer(s)
         if not torch.isfinite(s).all():
             bad = [n for n, _, _ in group.weights if not torch.isfinite(now[n]).all()]
@@ -137,6 +154,7 @@ class Pruner:
 
     # --- removing
     def _prepare(self, sparsity): # decide, and find out how to make it run
+        if self.criteria.needs_data and (self.data is not None or not self.refs): self.collect()
         for _ in range(60):
             alive = self.decide(sparsity)
             if not self.check: self.prover.guess(alive)
@@ -160,9 +178,10 @@ class Pruner:
     def adopt(self,
         alive: np.ndarray, # One boolean per label of the graph: does it stay?
         opt=None, # The model's optimizer
+        plan: Plan = None, # Of this removal; made here by default
     ) -> Plan: # What was removed
         "Remove what is not alive, without deciding or proving anything"
-        plan = self.prover.plan(alive)
+        if plan is None: plan = self.prover.plan(alive)
         refs = {n: _sliced(r, plan.cuts[n]) if n in plan.cuts else r for n, r in self.refs.items()}
         refs = {n: _times(r, *plan.scales[n][:2]) if n in plan.scales else r for n, r in refs.items()}
         plan.remove(self.model, opt)

@@ -10,11 +10,14 @@ import math
 import warnings
 from fnmatch import fnmatchcase
 from numbers import Real
+from typing import Callable
 
 import torch
 from torch import nn
 
+from ..core import data_criteria # registers them
 from ..core.allocation import Context, allocate, as_context
+from ..core.collect import collect
 from ..core.criteria import Criteria, as_criteria
 from ..core.granularity import Tile, suggest
 from ..core.masks import Mask, Masks, masks_of
@@ -41,7 +44,7 @@ class Sparsifier:
     def __init__(self,
         model: nn.Module,
         granularity: 'str | Tile | dict', # What is removed together: a name in `Granularities`, a `Tile`, or a dict from layer type to either
-        context: 'str | Context', # Which units compete: `'local'`, `'global'`, `'per_row'` or `'n:m'`
+        context: 'str | Context | None', # Which units compete: `'local'`, `'global'`, `'per_row'` or `'n:m'`; None for the criterion's own
         criteria: 'str | Criteria', # Which go first
         layer_type: 'type | tuple' = nn.Conv2d, # Layers to sparsify
         exclude: 'str | tuple' = (), # Names or globs of layers to leave alone
@@ -49,17 +52,21 @@ class Sparsifier:
         min_kept: int = None, # Units that each layer keeps; by default 1, unless 100 % is asked
         max_sparsity: float = 100., # Percent of units that a layer loses at most
         units: dict = None, # Layer name to list of `Units` that go together, as `coupled` finds them, for whole filters or rows
+        data=None, # For criteria that look at data: `DataLoaders`, a `DataLoader`, a list of batches, or one batch
+        loss: Callable = None, # For those that need gradients: `f(out, *targets)`, the mean over the samples
     ):
         found = layers_of(model, granularity, layer_type, exclude) if units is None else self._coupled(units, granularity, model)
         self.names = list(found) # all, frozen or not: what a list of sparsities counts
         warm = {n: [u for u in us if frozen or any(s.param.requires_grad for s in u.shares)] for n, us in found.items()}
         self.layers = {n: us for n, us in warm.items() if us}
-        self.model, self.granularity, self.context, self.criteria = model, granularity, as_context(context), as_criteria(criteria)
+        self.model, self.granularity, self.criteria, self.data, self.loss = model, granularity, as_criteria(criteria), data, loss
+        self.root, self.dot = None, '' # what is run, where `model` is a part of it, and how its names begin there
+        self.context = as_context(self.criteria.context if context is None and self.criteria.context else context)
         self.layer_type, self.exclude, self.frozen = layer_type, exclude, frozen
         self.min_kept, self.max_sparsity = _whole(min_kept, 'min_kept', 0), as_percent(max_sparsity, 'max_sparsity')
         self.context.check(self.layers)
         self.masks, self.refs = Masks(), {}
-        if self.criteria.needs_reference: self.remember()
+        if self.criteria.needs_init or self.criteria.needs_update: self.remember()
 
     def _coupled(self, units, granularity, model):
         if granularity not in ('filter', 'row'): raise ValueError(f"units that are coupled are whole filters or rows, got granularity {granularity!r}; allowed: filter, row")
@@ -76,6 +83,17 @@ class Sparsifier:
             for s in (s for u in us for s in u.shares):
                 if s.name in self.refs: self.refs[s.name].copy_(s.param.detach())
                 else: self.refs[s.name] = s.param.detach().clone(memory_format=torch.contiguous_format)
+
+    @property
+    def params(self): # name to weight, of all that is scored
+        return {s.name: s.param for us in self.layers.values() for u in us for s in u.shares}
+
+    def collect(self):
+        "Run the model over the data, and gather what the criterion needs"
+        if self.data is None: raise ValueError(f"{self.criteria} looks at data ({self.criteria.needs}): pass data=, and loss= where gradients are needed")
+        root, dot = self.root or self.model, self.dot
+        refs = collect(self.criteria, root, {dot + n: p for n, p in self.params.items()}, self.data, self.loss)
+        self.refs = {n.removeprefix(dot): r for n, r in refs.items()}
 
     def targets(self,
         sparsity: 'float | list | dict' # One percentage, a list with one per layer, or a dict by layer name or glob
@@ -115,6 +133,30 @@ class Sparsifier:
         round_to: int = None, # What remains per layer is a multiple of this
     ) -> Masks:
         "The masks for `targets`; the model is not touched"
+        if self.criteria.needs_data and (self.data is not None or not self.refs): return self._by_data(targets, round_to)
+        return self._decide(targets, round_to)
+
+    def _by_data(self, targets, round_to): # in several rounds, where the criterion wants it: what is zero in one changes the statistics of the next
+        weights, masks = [(p, p.data.clone()) for p in self.params.values()] if self.criteria.rounds > 1 else [], self.masks
+        before = {n: self._sparsity(n) for n in targets}
+        try:
+            for k in range(1, self.criteria.rounds + 1):
+                self.collect()
+                step = {n: s if k == self.criteria.rounds else 100 - (100 - before[n])*((100 - s)/(100 - before[n]))**(k/self.criteria.rounds) if s > before[n] else s for n, s in targets.items()}
+                found = self._decide(step, round_to if k == self.criteria.rounds else None)
+                if k == self.criteria.rounds: return found
+                self.masks = found
+                found.apply(self.model)
+        finally:
+            self.masks = masks
+            for p, w in weights: p.data.copy_(w)
+
+    def _sparsity(self, n): # in percent, that the masks remove now; of all layers together in global
+        us = [u for m in self.layers for u in self.layers[m] if m == n or self.context.name == 'global']
+        gone = sum(self.masks.masks[s.name].dead() for u in us for s in u.shares if s.name in self.masks)
+        return 100*gone/sum(u.numel for u in us)
+
+    def _decide(self, targets, round_to):
         def alive(u): return self.masks.masks[u.shares[0].name].keep.flatten().to(u.shares[0].param.device) if u.shares[0].name in self.masks else None
         layers = {n: [Scored(u, self.criteria, self.refs, alive(u)) for u in self.layers[n]] for n in targets}
         keeps = allocate(layers, targets, self.context, round_to, self.min_kept, self.max_sparsity)

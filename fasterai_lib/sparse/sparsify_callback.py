@@ -9,6 +9,7 @@ __all__ = ['MaskCallback', 'SparsifyCallback']
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Recorder, SkipToEpoch
 from safetensors.torch import save_model
@@ -17,7 +18,9 @@ from torch import nn
 from ..core.allocation import Context
 from ..core.criteria import Criteria
 from ..core.granularity import Tile
+from ..core.loop import LoopStatistics
 from ..core.masks import Masks, zero_dead_, zero_fresh_
+from ..core.running import Batch
 from ..core.schedule import Schedule, as_schedule
 from ..core.selection import _half_up
 from .sparsifier import Sparsifier
@@ -86,8 +89,8 @@ class SparsifyCallback(MaskCallback):
     def __init__(self,
         sparsity: 'float | list | dict', # In percent: one, a list with one per layer, or a dict by layer name or glob
         granularity: 'str | Tile | dict', # What is removed together: a name in `Granularities`, a `Tile`, or a dict from layer type to either
-        context: 'str | Context', # Which units compete: `'local'`, `'global'`, `'per_row'` or `'n:m'`
-        criteria: 'str | Criteria', # Which go first
+        context: 'str | Context | None', # Which units compete: `'local'`, `'global'`, `'per_row'` or `'n:m'`; None for the criterion's own
+        criteria: 'str | Criteria', # Which go first; those that look at data see what training computes
         schedule: 'str | Schedule', # When: a `Schedule`, its name, or any fastai annealer
         lth: bool = False, # Lottery ticket: at each change of sparsity, put what is left back to where it was at `rewind_epoch`?
         rewind_epoch: int = 0, # Epoch (its beginning) whose weights are returned to
@@ -108,7 +111,7 @@ class SparsifyCallback(MaskCallback):
         self.sparsity, self.schedule, self.round_to, self.part = sparsity, as_schedule(schedule), round_to, model
         self.how = dict(granularity=granularity, context=context, criteria=criteria, layer_type=layer_type, **kwargs)
         self.lth, self.rewind_epoch, self.reset_end, self.save_tickets = lth, rewind_epoch, reset_end, save_tickets
-        self.sparsifier, self.saved, self.tickets, self.history, self.columns = None, None, [], [], None
+        self.sparsifier, self.loop, self.saved, self.tickets, self.history, self.columns = None, None, None, [], [], None
 
     @property
     def target(self): return self.part if self.part is not None else self.learn.model # the module whose layers are sparsified
@@ -131,6 +134,10 @@ class SparsifyCallback(MaskCallback):
             masks = Masks.from_model(self.target, **known) if resumed else Masks() # a checkpoint's masks are its zeros
         masks.params(self.target) # or an error, when they are another architecture's
         s.masks = masks
+        if s.criteria.needs_data:
+            s.root, s.loss = self.learn.model, self.learn.loss_func
+            s.dot = next((n + '.' for n, m in s.root.named_modules() if m is s.model and n), '')
+            self.loop = LoopStatistics(s.criteria, s.root, {s.dot + n: p for n, p in s.params.items()})
         if old is not None and old.model is s.model: s.refs.update({k: v for k, v in old.refs.items() if k in s.refs})
         self.masks, self.sparsifier, self.targets, self.saved, self.tickets, self.history = masks, s, targets, None, [], []
         self._check_schedule(resumed)
@@ -151,15 +158,33 @@ class SparsifyCallback(MaskCallback):
 
     def before_batch(self):
         if not self.training or self._searching or not self.targets: return
+        self._step()
+        if self.loop is not None: self.loop.listen()
+
+    def _step(self):
         done = self.epoch*self.n_iter + self.iter + 1
         asked = self._asked(done/(self.n_epoch*self.n_iter))
         self.history.append(sum(asked[n]*w for n, w in self.weights.items())/self.n_weights)
         counts = self._counts(asked)
         if counts == self.last: return
         self.last = counts
-        self._change(self.sparsifier.decide(asked, self.round_to))
+        self._change(self._decide(asked))
         if self.lth: self._rewind()
         if self.save_tickets: self._save_ticket()
+
+    def _decide(self, asked):
+        s = self.sparsifier
+        if self.loop is None: return s.decide(asked, self.round_to)
+        if self.loop.ready: s.refs = {n.removeprefix(s.dot): r for n, r in self.loop.result().items()}
+        else: s.data = Batch(tuple(self.xb), tuple(self.yb)) # nothing seen yet, or the criterion wants more than training computes: a pass over this batch
+        try: return s.decide(asked, self.round_to)
+        finally: s.data = None
+
+    def after_backward(self):
+        if self.loop is not None and not self._searching: # before the masks zero them
+            mixed = any(isinstance(cb, MixedPrecision) for cb in self.learn.cbs)
+            self.loop.gradients((self.learn.loss_grad/self.learn.loss).detach() if mixed else None)
+        super().after_backward()
 
     def _change(self, masks): # from one set of masks to the next: only what is newly removed needs to be zeroed
         state, before = {}, self.masks.masks
@@ -183,6 +208,7 @@ class SparsifyCallback(MaskCallback):
     def after_fit(self):
         if self._validating: return
         super().after_fit()
+        self.loop = None
         if self.reset_end and self.saved is not None and not self._searching: self._rewind()
 
     # --- what is asked, and what is there
