@@ -55,7 +55,7 @@ def run(jobs, args, done):
 
 def key(row): return row['model'], row['lib'], row['sparsity']
 def works(row): return bool(row.get('pruned') and row.get('runs'))
-def perfect(row): return works(row) and row.get('exact') and row.get('backward') and not row.get('error')
+def perfect(row): return works(row) and (row.get('exact') or row['lib'] == 'inexact') and row.get('backward') and not row.get('error')
 
 
 def load(path):
@@ -86,7 +86,7 @@ def report(rows):
         for lib in libs:
             part = of(lib, family)
             good = [r for r in part if works(r)]
-            lines.append([family.strip('/') or 'all', lib, len(part), len(good), count(good, lambda r: r.get('exact')), count(good, lambda r: not r.get('exact')),
+            lines.append([family.strip('/') or 'all', lib, len(part), len(good), count(good, lambda r: r.get('exact')), count(good, lambda r: not r.get('exact') and lib != 'inexact'),
                           count(good, lambda r: r.get('backward')), count(part, lambda r: r.get('refused')), middle(good, 'cut'), middle(good, 'params'),
                           middle(part, 'seconds'), f'{max((r.get("seconds") or 0 for r in part), default=0):.1f}'])
     out = [table(['family', 'library', 'models', 'pruned and run', 'exact', 'wrong', 'backward', 'refused', 'layers cut', 'parameters left', 'CPU seconds', 'longest'], lines)]
@@ -149,7 +149,7 @@ def preload(libs):
         import transformers
         transformers.logging.set_verbosity_error()
         transformers.BertModel, transformers.LlamaModel, transformers.CLIPModel  # loaded when first asked for, with much else
-    if 'ours' in libs: import fasterai_lib.prune.pruner
+    if {'ours', 'inexact'} & set(libs): import fasterai_lib.prune.pruner
 
 
 if __name__ == '__main__': main()

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..core.granularity import suggest
+from .folds import amends, find_folds
 from .plan import Plan, masks_for, owner, sources
 from .record import Recorder, tensors_in
 from . import rules_layers, rules_lookups, rules_shapes # they register the operators
@@ -85,6 +86,7 @@ class UnitGraph:
         lines = [{op.line for op in rec.ops if op.name not in _noise} for rec in records]
         self.differs = len(records) > 1 and not lines[1] <= lines[0] # does training run other code?
         self.alive, self.ignored = None, ignored
+        find_folds(records, model)
         self.solve()
 
     def __repr__(self): return f"UnitGraph({type(self.model).__name__}, {sum(g.n for g in self.groups)} units in {len(self.groups)} groups)"
@@ -104,12 +106,25 @@ class UnitGraph:
             if path in self.replaced and n.endswith('_proj_weight') and self.shapes[n][0] == (3 if n.endswith('in_proj_weight') else 1)*self.model.get_submodule(path).head_dim: f.pins(axes[:1], 'it is the only head')
         for labels, reason in self.pins: f.atoms.pin(labels, reason)
         f.settle()
+        apart = self._apart()
+        if found := [(a, (f'norms share {key}, and average over other axes', 'mean', (), ('', 0))) for key, (_, axes) in apart for a in axes if f.atoms.free(a)] if self.exact else []:
+            self.pins += found
+            return self.solve()
+        self.averages = [a for a in f.averages if all(a is not other for _, other in apart)]
         self.roots = {n: [None if a is None else f.atoms.find(a) for a in axes] for n, axes in f.params.items()}
         if self.alive is None: self.alive = np.ones(f.atoms.n, bool)
         made = np.zeros(f.atoms.n, bool)
         made[f.atoms.find(np.flatnonzero(self.produced))] = True
         made[0] = False
         self.groups = self._collect(made)
+
+    def _apart(self): # (weight or epsilon, average) where norms that share it do not lose the same
+        shared = {}
+        for average in self.flow.averages:
+            fold, axes = average
+            lost = sorted(np.sort(r).tobytes() for a in axes if (r := self.flow.atoms.find(a)).any())
+            for key, power in ((fold.name, fold.power), *((f'{path}.{attr}', p) for path, attr, p in fold.epsilons)): shared.setdefault(key, []).append(((lost, power), average))
+        return [(key, average) for key, uses in shared.items() if any(how != uses[0][0] for how, _ in uses) for _, average in uses]
 
     def _collect(self, made): # units that have slices of the same axes
         axes = [(n, d, r) for n, rs in self.roots.items() for d, r in enumerate(rs) if r is not None and r.any()]
@@ -141,6 +156,7 @@ class UnitGraph:
         return list(dict.fromkeys(names or [n.rpartition('.')[0] for n, _, _ in group.members]))
 
     def read(self, record): # another run, which changes nothing that was decided
+        find_folds([record], self.model)
         self.flow.read(record, self.shapes)
         self.flow.settle()
 
@@ -159,6 +175,11 @@ class UnitGraph:
         return self.padded()[roots]
     def padded(self): # as many as there are atoms
         return self.alive if len(self.alive) >= self.flow.atoms.n else np.append(self.alive, np.ones(self.flow.atoms.n - len(self.alive), bool))
+
+    def change(self, labels, alive): # how many there are, and how many there would be
+        return [int(k[self.flow.atoms.find(labels)].sum()) for k in (self.alive, alive)]
+    def thinner(self, alive): # labels of axes that are averaged over and would lose some
+        return [a for _, axes in self.averages for a in axes if len(set(self.change(a, alive))) > 1]
 
     @contextlib.contextmanager
     def when(self, alive): # sizes as they would be
@@ -186,7 +207,8 @@ class UnitGraph:
             if c: cuts[n], shapes[n] = c, self.shape(n)
         rows = [(g.name, was, now, g.slices, len(g.members)) for g in self.groups if (now := int(alive[g.roots].sum())) < (was := g.n)]
         unmasked = {(n, d) for rec in self.records for i, n in rec.sources.items() for j, d in self.flow.scaled if i == j}
-        return Plan(masks_for({n: c for n, c in cuts.items() if n in self.trainable}, shapes, unmasked) if masks else {}, cuts, sizes or {}, shapes, rows, [n for n in cuts if n in self.trainable])
+        scales = amends(self.averages, lambda a: self.change(a, alive))
+        return Plan(masks_for({n: c for n, c in cuts.items() if n in self.trainable}, shapes, unmasked) if masks else {}, cuts, sizes or {}, shapes, rows, [n for n in cuts if n in self.trainable], scales)
 
     # --- for people
     def table(self) -> pd.DataFrame:

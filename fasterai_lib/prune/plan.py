@@ -18,6 +18,7 @@ from torch import nn
 from ..core.granularity import Grid, suggest
 from ..core.masks import Mask, Masks
 from .attention import PrunedMultiheadAttention
+from .folds import epsilon
 from .optimizer import _sliced, replace_parameter_, slice_optimizer_
 from .record import caches
 from .sizes import restate, state
@@ -61,6 +62,8 @@ def _replace(t, data, grad):
     if isinstance(t, nn.Parameter): replace_parameter_(t, data, grad)
     else: t.data = data
 
+def _times(x, factor, offset=0.): return ((x.double() + offset)*factor - offset).to(x.dtype) # rounded once
+
 # %% ../../nbs/prune/plan.ipynb #286a088e
 _record = '_pruned' # attribute of a model: what all removals together have kept of it
 
@@ -73,9 +76,10 @@ class Plan(Masks):
         shapes: dict, # Tensor name to its shape before
         groups: list = (), # (layer, units, units kept, slices of a unit, tensors) per group of units, for the table
         weights: list = None, # Names of the parameters that count; those with a mask by default
+        scales: dict = None, # Parameter name to (factor, offset, epsilons): weights of norms that average over fewer. `remove` multiplies them, after adding the offset, and each epsilon (module, attribute, factor)
     ):
         super().__init__(masks)
-        self.cuts, self.sizes, self.shapes, self.groups = cuts, sizes, shapes, list(groups)
+        self.cuts, self.sizes, self.shapes, self.groups, self.scales = cuts, sizes, shapes, list(groups), scales or {}
         self.weights = list(masks if weights is None else weights)
         self.shifts, self.folded, self.dropped, self.change = {}, {}, {}, None # constants that units still emit: see `fold_constants`
 
@@ -102,9 +106,9 @@ class Plan(Masks):
     def check(self, model: nn.Module) -> dict: # Full name to tensor
         "The tensors of `model`, or an error where this plan is not for it"
         have = sources(model)
-        for n, c in self.cuts.items():
+        for n in {**self.cuts, **self.scales}:
             if n not in have: raise ValueError(f"the plan is for a tensor {n!r} that {type(model).__name__} does not have; {suggest(n, list(have))}")
-            if tuple(have[n].shape) != tuple(self.shapes[n]): raise ValueError(f"{n}: the plan is for shape {tuple(self.shapes[n])}, {type(model).__name__} has {tuple(have[n].shape)}")
+            if n in self.cuts and tuple(have[n].shape) != tuple(self.shapes[n]): raise ValueError(f"{n}: the plan is for shape {tuple(self.shapes[n])}, {type(model).__name__} has {tuple(have[n].shape)}")
         for n, s in self.shifts.items():
             if n not in have or have[n].shape != s.shape: raise ValueError(f"the plan folds constants into {n!r}, of {len(s)} values, which {type(model).__name__} does not have")
         return have
@@ -120,7 +124,9 @@ class Plan(Masks):
         return model
 
     def slice(self, model, undo, opt=None): # undo: an `Undo` that is told of all that changes
-        have, cut = self.check(model), {}
+        have, cut, sizes = self.check(model), {}, {p: list(vs) for p, vs in self.sizes.items()}
+        epsilons = {(path, attr): epsilon(model, path, attr, have[n].dtype)*f for n, (*_, eps) in self.scales.items() for path, attr, f in eps}
+        for (path, attr), v in epsilons.items(): sizes.setdefault(path, []).append((attr, None, v))
         if opt is not None: undo.optimizer = slice_optimizer_(opt, {have[n]: (self.shapes[n], list(c.items())) for n, c in self.cuts.items() if isinstance(have[n], nn.Parameter)})
         for n, s in self.shifts.items():
             undo.tensor(t := have[n])
@@ -131,9 +137,12 @@ class Plan(Masks):
             cut[id(t)] = tuple(self.shapes[n])
             undo.tensor(t)
             _replace(t, _sliced(t, c), None if t.grad is None else _sliced(t.grad, c))
+        for n, (factor, offset, _) in self.scales.items():
+            undo.tensor(t := have[n])
+            _replace(t, _times(t.data, factor, offset), None if t.grad is None else _times(t.grad, 1/factor))
         owners = {n: owner(n, have) for n, t in have.items() if id(t) in cut} # all who hold a tied tensor
-        for path in {'', *self.sizes, *(o for o, _ in owners.values())}: undo.module(model.get_submodule(path))
-        for path, values in self.sizes.items():
+        for path in {'', *sizes, *(o for o, _ in owners.values())}: undo.module(model.get_submodule(path))
+        for path, values in sizes.items():
             for attr, index, value in values: state(model.get_submodule(path), attr, index, value)
         for n, (path, attr) in owners.items(): restate(model.get_submodule(path), attr, cut[id(have[n])], tuple(have[n].shape))
         for path in {o for o, _ in owners.values()}:
@@ -141,17 +150,18 @@ class Plan(Masks):
         for m in model.modules():
             if isinstance(m, nn.TransformerEncoder) and any(isinstance(a, PrunedMultiheadAttention) for a in m.modules()): undo.module(m); m.use_nested_tensor = False # it reads no nested tensors
             for cache in caches(m): undo.cache(cache); cache.clear()
-        model.__dict__[_record] = self._after(model.__dict__.get(_record))
+        model.__dict__[_record] = self._after(model.__dict__.get(_record), sizes)
 
-    def _after(self, before): # this removal and those before it as one, from the model as it was built
-        before = before or dict(cuts={}, sizes={}, shapes={}, groups=[], weights=[])
+    def _after(self, before, now): # this removal and those before it as one, from the model as it was built
+        before = {**dict(cuts={}, sizes={}, shapes={}, groups=[], weights=[], scales={}), **(before or {})}
         cuts = {n: dict(c) for n, c in before['cuts'].items()}
         for n, c in self.cuts.items():
             for a, k in c.items(): cuts.setdefault(n, {})[a] = cuts[n][a][k] if a in cuts.get(n, {}) else k
         sizes = {p: {(a, i): v for a, i, v in vs} for p, vs in before['sizes'].items()}
-        for p, vs in self.sizes.items(): sizes.setdefault(p, {}).update({(a, i): v for a, i, v in vs})
+        for p, vs in now.items(): sizes.setdefault(p, {}).update({(a, i): v for a, i, v in vs})
         return dict(cuts=cuts, sizes={p: [(a, i, v) for (a, i), v in vs.items()] for p, vs in sizes.items()}, shapes={**self.shapes, **before['shapes']},
-                    groups=self._rows(before['groups']), weights=sorted({*self.weights, *before['weights']}))
+                    groups=self._rows(before['groups']), weights=sorted({*self.weights, *before['weights']}),
+                    scales={**before['scales'], **{n: (f*before['scales'].get(n, (1.,))[0], o, []) for n, (f, o, _) in self.scales.items()}})
 
     def _rows(self, before): # groups that lost units before have had more
         rows = {r[0]: r for r in before}
@@ -186,7 +196,7 @@ def save_pruned(
     if not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     done = model.__dict__.get(_record)
     if done is None: raise ValueError(f"{type(model).__name__} has not been pruned: nothing was removed from it")
-    text = dict(model=type(model).__name__, sizes=done['sizes'], groups=done['groups'], weights=done['weights'], shapes={n: done['shapes'][n] for n in done['cuts']},
+    text = dict(model=type(model).__name__, sizes=done['sizes'], groups=done['groups'], weights=done['weights'], scales=done.get('scales', {}), shapes={n: done['shapes'][n] for n in done['cuts']},
                 cuts={n: {a: _pack(k, done['shapes'][n][a]) for a, k in c.items()} for n, c in done['cuts'].items()})
     save_model(model, str(path), metadata={'fasterai_lib.plan': json.dumps(text)})
 
@@ -201,7 +211,7 @@ def load_plan(path: str # Of a file that `save_pruned` wrote
     d = json.loads(text)
     shapes = {n: tuple(s) for n, s in d['shapes'].items()}
     cuts = {n: {int(a): _unpack(k, shapes[n][int(a)]) for a, k in c.items()} for n, c in d['cuts'].items()}
-    return Plan({}, cuts, {p: [tuple(v) for v in vs] for p, vs in d['sizes'].items()}, shapes, d['groups'], d['weights'])
+    return Plan({}, cuts, {p: [tuple(v) for v in vs] for p, vs in d['sizes'].items()}, shapes, d['groups'], d['weights'], {n: tuple(s) for n, s in d.get('scales', {}).items()})
 
 # %% ../../nbs/prune/plan.ipynb #9d30563a
 def load_pruned(

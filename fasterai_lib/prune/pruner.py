@@ -23,7 +23,7 @@ from ..core.selection import Scored
 from ..sparse.sparsifier import _whole, as_percent
 from .graph import trace
 from .optimizer import _sliced
-from .plan import Plan
+from .plan import Plan, _times
 from .verify import Prover
 
 _norm = lambda x, d: torch.linalg.vector_norm(x, 2, d)
@@ -153,7 +153,7 @@ class Pruner:
     def refusal(self):
         found = self.graph.reasons()
         why = '; '.join(f"{r} ({n} layer{'s' if n > 1 else ''})" for r, n in found.value_counts().items()) or 'no layer makes channels'
-        loose = self.graph.exact and any(w in r for r in found for w in ('norm', 'computes something else')) # would it help?
+        loose = self.graph.exact and any(w in r for r in found for w in ('norm', 'depends on how many', 'computes something else')) # would it help?
         return f"nothing can be removed from {type(self.model).__name__}{' exactly' if self.graph.exact else ''}: {why}" + ('. With exact=False these may go too, but the result changes' if loose else '')
 
     # --- removing
@@ -187,6 +187,7 @@ class Pruner:
         "Remove what is not alive, without deciding or proving anything"
         if plan is None: plan = self.prover.plan(alive)
         refs = {n: _sliced(r, plan.cuts[n]) if n in plan.cuts else r for n, r in self.refs.items()}
+        refs = {n: _times(r, *plan.scales[n][:2]) if n in plan.scales else r for n, r in refs.items()}
         plan.remove(self.model, opt)
         self.graph.alive, self.refs = alive, refs
         if self.criteria.needs_update: self.remember()

@@ -59,6 +59,7 @@ class Record:
     train: bool = False # Was it a run in training mode?
     labels: dict = None # Ref id to labels, when rules have been run over it
     made: list = None # Labels of the outputs of each operator; None where nothing reads them
+    folds: dict = field(default_factory=dict) # Index of an operator that averages to the `Fold` that makes up for fewer
 
 # %% ../../nbs/prune/record.ipynb #ec1108a2
 def _map(x, f): # f of every tensor in nested tuples, lists and dicts

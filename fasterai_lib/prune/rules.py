@@ -37,6 +37,7 @@ class Flow:
         self.params, self.splits, self.heads, self.wilds, self.produced, self.scaled, self.unknown, self.parts = {}, [], [], [], [], [], {}, {}
         self.tags = [] # (labels, number): which part of a split they are
         self.groups = {} # (record number, op index) -> atoms of the groups of a convolution or norm
+        self.averages = [] # (`Fold`, labels of the axes that are averaged over)
 
     # one record
     def read(self,
@@ -56,10 +57,14 @@ class Flow:
         for r in record.outputs if pin_outputs else ():
             for l in self.of(r): self.pin(l, 'it is an output of the model')
 
-    def needed(self, record): # one boolean per operator: does anything read what it makes?
-        used, out = {r.id for r in record.outputs}, []
-        for op in reversed(record.ops):
-            out.append(not op.outs or op.func._schema.is_mutable or any(r.id in used for r in op.outs))
+    def needed(self, record): # one boolean per operator: does anything read what it makes, or do features meet weights, whose sizes must agree all the same?
+        used, out, weights, meets = {r.id for r in record.outputs}, [], set(record.sources), set()
+        for i, op in enumerate(record.ops):
+            held = [r.id in weights for r in tensors_in([op.args, op.kwargs])]
+            if held and all(held): weights.update(r.id for r in op.outs)
+            elif any(held): meets.add(i)
+        for i, op in reversed(list(enumerate(record.ops))):
+            out.append(not op.outs or op.func._schema.is_mutable or i in meets or any(r.id in used for r in op.outs))
             if out[-1]: used.update(r.id for r in tensors_in([op.args, op.kwargs]))
         return out[::-1]
 
@@ -108,6 +113,14 @@ class Flow:
     ):
         "Nothing of these axes can be removed"
         for a in ls: self.pin(a, reason)
+    def average(self,
+        ls: list, # Labels of several axes
+        reason: str,
+    ):
+        "The result depends on how many of these axes there are"
+        fold = self.record.folds.get(self.at)
+        if fold: self.averages.append((fold, [a for a in ls if a is not None]))
+        elif self.exact: self.pins(ls, reason)
     def makes(self,
         a: 'np.ndarray | None', # Labels of the rows of a weight
     ):

@@ -139,7 +139,7 @@ def _layer_norm(f, op):
     l, k = list(f.of(x)), len(shape)
     for r in op.args[2:4]:
         if isinstance(r, Ref): l[-k:] = [f.same(a, b) for a, b in zip(l[-k:], f.of(r))]
-    if f.exact: f.pins(l[-k:], 'a norm averages over it')
+    f.average(l[-k:], 'a norm averages over it')
     return [l] + [[a if r.shape[i] > 1 else None for i, a in enumerate(l)] for r in op.outs[1:]]
 
 @rule('native_group_norm')

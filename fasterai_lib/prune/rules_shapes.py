@@ -173,10 +173,13 @@ def _pad(f, op):
     return [l]
 
 # %% ../../nbs/prune/rules_shapes.ipynb #f1111f8a
-def _reduced(f, op, dims, pin=True, x=None):
-    x = x or op.args[0]
+_statistics = dict(mean=1, var=1, std=1, var_mean=2, std_mean=2, amax=1, amin=1, max=1, min=1, logsumexp=1, aminmax=2) # outputs that are no positions: of fewer they are others, but still what they say
+
+def _reduced(f, op, dims, pin=True):
+    x = op.args[0]
     dims, l = axes_of(dims, len(x.shape)), f.of(x)
-    if pin: f.pins([l[d] for d in dims if l], f'{op.name} depends on how many there are')
+    if pin and len(op.outs) <= _statistics.get(op.name, 0): f.average([l[d] for d in dims if l], f'{op.name} depends on how many there are')
+    elif pin: f.pins([l[d] for d in dims if l], f'{op.name} runs over it')
     outs = []
     for r in op.outs:
         if len(r.shape) == len(x.shape): outs.append([None if d in dims else a for d, a in enumerate(l)])
@@ -187,7 +190,7 @@ def _reduced(f, op, dims, pin=True, x=None):
 def _reduction(f, op):
     if len(op.args) > 1 and isinstance(op.args[1], Ref): return pointwise(f, op)
     d = arg(op, 1, 'dim')
-    return _reduced(f, op, None if isinstance(d, (bool, float)) else d, pin=f.exact or op.name != 'mean')
+    return _reduced(f, op, None if isinstance(d, (bool, float)) else d)
 
 @rule('sum', 'nansum')
 def _sum(f, op):
