@@ -553,6 +553,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fasterai_lib/prune/graph.py'),
                                           'fasterai_lib.prune.graph.UnitGraph.why': ( 'prune/graph.html#unitgraph.why',
                                                                                       'fasterai_lib/prune/graph.py'),
+                                          'fasterai_lib.prune.graph._asked': ('prune/graph.html#_asked', 'fasterai_lib/prune/graph.py'),
                                           'fasterai_lib.prune.graph._at': ('prune/graph.html#_at', 'fasterai_lib/prune/graph.py'),
                                           'fasterai_lib.prune.graph._named': ('prune/graph.html#_named', 'fasterai_lib/prune/graph.py'),
                                           'fasterai_lib.prune.graph.check_model': ( 'prune/graph.html#check_model',

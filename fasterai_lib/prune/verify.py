@@ -13,29 +13,43 @@ import numpy as np
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from .plan import Undo, sources
-from .record import Recorder, Stop, call_model, tensors_in, untouched
+from .record import _map, Recorder, Stop, call_model, tensors_in, untouched
 from .sizes import candidates, demands
 
 # %% ../../nbs/prune/verify.ipynb #83341684
-def _double(x):
-    if isinstance(x, torch.Tensor): return x.double() if x.is_floating_point() else x
-    if isinstance(x, dict): return {k: _double(v) for k, v in x.items()}
-    if isinstance(x, (tuple, list)): return type(x)(_double(v) for v in x)
-    return x
+def _double(x): return _map(x, lambda t: t.double() if t.is_floating_point() else t)
 
 @contextlib.contextmanager
 def in_double(
     model: nn.Module, # In float64 until the end of the block
+    masks: dict = {}, # Parameter name to the `Mask` that zeroes it until then
+    late: bool = False, # Convert a large weight only while its layer runs? It saves the time that fresh memory takes
+    dtype: torch.dtype = torch.float64, # None: nothing is converted
 ):
     "Run a model in float64"
-    old = list({id(t): (t, t.data, t.grad) for t in sources(model).values() if t.is_floating_point() and t.dtype != torch.float64}.values())
+    old, layers = {}, {} # id of a tensor to what it was and its masks; a layer to the id of its weight
+    for n, t in sources(model).items():
+        if n in masks or dtype and t.is_floating_point() and t.dtype != dtype: old.setdefault(id(t), (t, t.data, t.grad, []))[3].append(masks.get(n))
+    def convert(i):
+        t, d, _, zero = old[i]
+        t.grad, t.data = None, d.to(dtype if dtype and d.is_floating_point() else d.dtype, copy=True)
+        for mask in filter(None, zero): mask.apply(t.data)
+    def turn(m, args, *out): # before its forward and after it
+        if m in layers and not out: convert(layers[m])
+        elif m in layers: old[layers[m]][0].data = old[layers[m]][1]
+    for m in model.modules() if late else (): # as a rule nobody but the forward of these reads their weights
+        w = m._parameters.get('weight') if type(m) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and not m._forward_pre_hooks else None
+        if w is not None and w.numel() >= 1 << 14 and len(old.get(id(w), ((),)*4)[3]) == 1: layers[m] = id(w) # one name: it is not tied
+    hooks = [register_module_forward_pre_hook(turn), register_module_forward_hook(turn, always_call=True)] if layers else []
     try:
-        for t, d, _ in old: t.grad, t.data = None, d.double()
-        yield
+        for i in old.keys() - layers.values(): convert(i)
+        yield model
     finally:
-        for t, d, grad in old: t.data, t.grad = d, grad
+        for h in hooks: h.remove()
+        for t, d, grad, _ in old.values(): t.data, t.grad = d, grad
 
 # %% ../../nbs/prune/verify.ipynb #d9e6e756
 def outputs(
@@ -68,22 +82,13 @@ def distance(
     return worst
 
 # %% ../../nbs/prune/verify.ipynb #8fc38c62
-@contextlib.contextmanager
 def masked(
     model: nn.Module, # Zeroed until the end of the block
     plan: 'Plan', # With masks
 ):
     "A model with the weights that `plan` removes at zero, without touching the weights themselves"
-    params = plan.params(model)
-    old, seen = [], set()
-    try:
-        for n, p in params.items():
-            if id(p) in seen: plan.masks[n].apply(p.data); continue
-            seen.add(id(p)); old.append((p, p.data))
-            p.data = plan.masks[n].apply(p.data.clone())
-        yield model
-    finally:
-        for p, d in old: p.data = d
+    plan.params(model) # is it for this model?
+    return in_double(model, plan.masks, dtype=None)
 
 # %% ../../nbs/prune/verify.ipynb #75058433
 def skipped(graph, op): # operators of modules whose forward is replaced when they shrink
@@ -150,7 +155,7 @@ class Prover:
         inputs: 'torch.Tensor | tuple | dict', # Example inputs of its model
     ):
         self.graph, self.model, self.inputs = graph, graph.model, inputs
-        self.precise, self.blank, self.fresh, self.error = True, False, False, None
+        self.precise, self.late, self.blank, self.fresh, self.error = True, True, False, False, None
         self.needed = set() # (class, attribute, index) without which it does not run
         self.bindings, self.refuted = {}, set() # bindings: (module name, attribute, index) -> labels it counts
 
@@ -163,16 +168,17 @@ class Prover:
     def plan(self, alive): return self.graph.to_plan(alive, self.sizes(alive))
 
     @contextlib.contextmanager
-    def sliced(self, alive): # the model as it would be
+    def sliced(self, alive, double=False, late=False): # the model as it would be
         undo = Undo()
         try:
             self.graph.to_plan(alive, self.sizes(alive), masks=False).slice(self.model, undo)
-            with self.graph.when(alive): yield self.model
+            with in_double(self.model, late=late) if double else contextlib.nullcontext(), self.graph.when(alive): yield self.model
         finally: undo.restore()
 
     @contextlib.contextmanager
-    def zeroed(self, alive):
-        with masked(self.model, self.plan(alive)), self.graph.when(alive): yield self.model
+    def zeroed(self, alive, double=False):
+        plan = self.plan(alive)
+        with in_double(self.model, plan.masks, self.late) if double else masked(self.model, plan), self.graph.when(alive): yield self.model
 
     def demands(self, alive, records=None): # the sizes that change, of those that calls state
         out, before = [], self.graph.padded()
@@ -191,6 +197,7 @@ class Prover:
         for d in self.demands(alive):
             best = next(iter(candidates(self.model, d)), None)
             if best and best not in self.bindings and best not in self.refuted: self.bindings[best] = d.labels
+            if best and best[1] in d.names: self.needed.add((type(self.model.get_submodule(best[0])), *best[1:])) # the layer's own name for it
 
     def prove(self,
         alive: np.ndarray, # One boolean per label of the graph: does it stay?
@@ -214,23 +221,21 @@ class Prover:
         alive: np.ndarray, # One boolean per label of the graph: does it stay?
     ) -> float:
         "The largest relative difference between the zeroed and the sliced model, in float64 where the model can run in it"
-        with contextlib.ExitStack() as s:
-            if self.precise: s.enter_context(in_double(self.model))
-            inputs = _double(self.inputs) if self.precise else self.inputs
-            try:
-                with self.zeroed(alive) as m: want = outputs(m, inputs)
-            except Exception:
-                if not self.precise: raise
-                want = None
-            if want is not None:
-                self.error, self.blank = math.inf, not any(float(t.abs().max()) > 0 for t in want if t.numel() and t.is_floating_point()) # a model that gives zeros tells nothing
-                with self.sliced(alive) as m:
-                    got = outputs(m, inputs)
-                    if self.graph.differs: outputs(m, inputs, train=True)
-                self.error = distance(want, got)
-                return self.error
-        self.precise = False
-        return self.measure(alive)
+        inputs, late = _double(self.inputs) if self.precise else self.inputs, self.late
+        try:
+            with self.zeroed(alive, self.precise) as m: want = outputs(m, inputs)
+        except Exception:
+            if not self.precise: raise
+            self.late, self.precise = False, late # at once, then in its own precision
+            return self.measure(alive)
+        self.error, self.blank, self.late = math.inf, not any(float(t.abs().max()) > 0 for t in want if t.numel() and t.is_floating_point()), False # a model that gives zeros tells nothing
+        with self.sliced(alive, self.precise, late) as m:
+            got = outputs(m, inputs)
+            if self.graph.differs: outputs(m, inputs, train=True)
+        self.error = distance(want, got)
+        if late and not self.error < self.least: return self.measure(alive) # somebody else may read a weight
+        self.late = late
+        return self.error
 
     def trim(self, alive):
         "Forget attributes that only happen to have the same value: without them it runs as well"
