@@ -6,13 +6,11 @@
 __all__ = ['LoopStatistics']
 
 # %% ../../nbs/core/loop.ipynb #9d9112bb
-from typing import Callable
-
 import torch
 from torch import nn
 
-from .collect import Collector, collectors
-from .criteria import Criteria, as_criteria
+from .collect import collectors
+from .criteria import Criteria
 
 # %% ../../nbs/core/loop.ipynb #aab1f772
 class LoopStatistics:

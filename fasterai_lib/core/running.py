@@ -7,6 +7,7 @@ __all__ = ['call_model', 'caches', 'untouched', 'Batch', 'batches']
 
 # %% ../../nbs/core/running.ipynb #dedd5cbf
 import contextlib
+from operator import is_
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -39,25 +40,25 @@ def untouched(
     train: bool = False, # In training mode? Norms keep to their statistics all the same
 ):
     "Run `model` without gradients, always with the same random numbers, and put everything it changes back"
-    devices = {t.device for t in model.parameters() if t.device.type == 'cuda'}
-    modes = {m: m.training for m in model.modules()}
+    modules, devices = list(model.modules()), {t.device for t in model.parameters() if t.device.type == 'cuda'}
+    modes, kept = [m.training for m in modules], [c for m in modules for c in caches(m)]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if b is not None]
-    state = [(d, dict(d)) for m in model.modules() for d in (m.__dict__, m._buffers, *caches(m))]
+    state = [(d, dict(d)) for d in [*(d for m in modules for d in (m.__dict__, m._buffers)), *kept]]
     try:
-        for m in model.modules():
-            for cache in caches(m): cache.clear()
+        for cache in kept: cache.clear()
         with torch.random.fork_rng([d.index for d in devices]), torch.no_grad():
             torch.manual_seed(0)
             model.train(train)
             if train:
-                for m in model.modules():
+                for m in modules:
                     if isinstance(m, _norms): m.training = False # a batch of one example is enough for them
             yield model
     finally:
+        for m, training in zip(modules, modes):
+            if m.training != training: m.training = training
         for d, old in state: # also caches that the run has made or filled
-            if d.keys() != old.keys() or any(d[k] is not v for k, v in old.items()):
+            if d.keys() != old.keys() or not all(map(is_, d.values(), old.values())):
                 d.clear(); d.update(old)
-        for m, training in modes.items(): m.training = training
         with torch.no_grad():
             for b, old in buffers:
                 if b.shape == old.shape and not isinstance(b, FakeTensor) and b.device.type != 'meta' and not torch.equal(b, old): b.copy_(old)

@@ -14,7 +14,7 @@ from .blocks import _passes_zero
 from .plan import Plan, Undo, sources
 from .record import Recorder, Ref, _map, tensors_in
 from .surgery import _precise
-from .verify import _double, distance, outputs
+from .compare import distance, outputs
 
 # %% ../../nbs/prune/constants.ipynb #93d01308
 # operators in which each index of an axis stays by itself; a sum would depend on the size of the picture

@@ -136,11 +136,14 @@ class UnitGraph:
         order = np.lexsort((index, which, root))
         root, which, index = root[order], which[order], index[order]
         first = np.flatnonzero(np.append(True, root[1:] != root[:-1])) if len(root) else np.zeros(0, int)
-        found, part = {}, np.zeros(self.flow.atoms.n, np.uint64)
+        part, count = np.zeros(self.flow.atoms.n, np.uint64), np.diff(np.append(first, len(root)))
         for labels, h in self.flow.tags: np.add.at(part, self.flow.atoms.find(labels), h) # parts of a split lose their own share
-        for a, c in zip(first, np.diff(np.append(first, len(root)))): found.setdefault((which[a:a+c].tobytes(), part[root[a]]), []).append(np.arange(a, a + c))
+        number = np.random.default_rng(0).integers(1 << 63, size=len(axes), dtype=np.uint64)[which] # of the axes of a unit: their sum
+        kind = np.stack([np.add.reduceat(number, first) if len(root) else number, part[root[first]], count.astype(np.uint64)], 1)
+        kinds, same = np.unique(kind, axis=0, return_inverse=True)
         out = []
-        for at in map(np.array, found.values()):
+        for k in range(len(kinds)):
+            at = first[mine := np.flatnonzero(same.ravel() == k)][:, None] + np.arange(count[mine[0]])
             w, idx = which[at[0]], index[at]
             members = [(axes[k][0], axes[k][1], idx[:, w == k]) for k in dict.fromkeys(w.tolist())]
             if any(n in self.trainable for n, _, _ in members): out.append(Group(self, root[at[:, 0]], members))
@@ -309,6 +312,16 @@ def check_model(
     if len(devices) == 1 and given and not given & devices: raise ValueError(f"the model is on {devices.pop()}, the example inputs on {given.pop()}")
 
 # %% ../../nbs/prune/graph.ipynb #a40f14ca
+@contextlib.contextmanager
+def _asked(rec): # modules that ask, in a run, whether they train; not those of torch, whose training only drops out
+    found, get = [], lambda m: vars(m)['training']
+    def asks(m):
+        if rec.stack and not type(m).__module__.startswith('torch.nn.'): found.append(m)
+        return get(m)
+    nn.Module.training = property(asks, lambda m, value: vars(m).update(training=value))
+    try: yield found
+    finally: del nn.Module.training
+
 def trace(
     model: nn.Module, # Any model; left as it was: buffers, modes, caches, random numbers
     example_inputs: 'torch.Tensor | tuple | dict', # What it runs on: a tensor, a tuple, or a dict of keyword arguments
@@ -317,9 +330,11 @@ def trace(
 ) -> UnitGraph: # With `table()`, `plot()` and `why(layer, channel)`
     "Find the units of a model by running it"
     check_model(model, example_inputs)
-    names = _named(model, ignored)
-    try: records = [Recorder(model).run(example_inputs)]
+    names, rec = _named(model, ignored), Recorder(model)
+    try:
+        with _asked(rec) as asked: records = [rec.run(example_inputs)]
     except Exception as e: raise ValueError(f"{type(model).__name__} does not run on the example inputs: {type(e).__name__}: {e}") from e
-    try: records.append(Recorder(model).run(example_inputs, train=True))
+    try:
+        if asked or any(type(m).train is not nn.Module.train for m in model.modules()): records.append(Recorder(model).run(example_inputs, train=True))
     except Exception: pass # it cannot train on these inputs: what only training uses stays
     return UnitGraph(model, records, exact, names)

@@ -30,7 +30,7 @@ class Atoms:
         p, r = self.parent, self.parent[a]
         while True:
             up = p[r]
-            if np.array_equal(up, r): break
+            if (up == r).all(): break
             r = up
         p[a] = r
         return r

@@ -26,7 +26,8 @@ from .sizes import restate, state
 # %% ../../nbs/prune/plan.ipynb #db1283ee
 def sources(model: nn.Module) -> dict: # Full name to tensor
     "All parameters and buffers of a model, under all their names"
-    return dict([*model.named_parameters(remove_duplicate=False), *((n, b) for n, b in model.named_buffers(remove_duplicate=False) if b is not None)])
+    modules = [(f'{n}.' if n else '', m) for n, m in model.named_modules(remove_duplicate=False)]
+    return {n + k: t for which in ('_parameters', '_buffers') for n, m in modules for k, t in getattr(m, which).items() if t is not None}
 
 def owner(
     name: str, # Full name of a tensor
@@ -141,12 +142,13 @@ class Plan(Masks):
             undo.tensor(t := have[n])
             _replace(t, _times(t.data, factor, offset), None if t.grad is None else _times(t.grad, 1/factor))
         owners = {n: owner(n, have) for n, t in have.items() if id(t) in cut} # all who hold a tied tensor
-        for path in {'', *sizes, *(o for o, _ in owners.values())}: undo.module(model.get_submodule(path))
+        at = {path: model.get_submodule(path) for path in {'', *sizes, *(o for o, _ in owners.values())}}
+        for m in at.values(): undo.module(m)
         for path, values in sizes.items():
-            for attr, index, value in values: state(model.get_submodule(path), attr, index, value)
-        for n, (path, attr) in owners.items(): restate(model.get_submodule(path), attr, cut[id(have[n])], tuple(have[n].shape))
+            for attr, index, value in values: state(at[path], attr, index, value)
+        for n, (path, attr) in owners.items(): restate(at[path], attr, cut[id(have[n])], tuple(have[n].shape))
         for path in {o for o, _ in owners.values()}:
-            if isinstance(m := model.get_submodule(path), nn.RNNBase): m.flatten_parameters()
+            if isinstance(at[path], nn.RNNBase): at[path].flatten_parameters()
         for m in model.modules():
             if isinstance(m, nn.TransformerEncoder) and any(isinstance(a, PrunedMultiheadAttention) for a in m.modules()): undo.module(m); m.use_nested_tensor = False # it reads no nested tensors
             for cache in caches(m): undo.cache(cache); cache.clear()

@@ -20,7 +20,7 @@ from .plan import Plan, Undo, _replace, owner, sources
 from .pruner import Pruner
 from .record import Recorder, Ref, tensors_in
 from .sizes import restate
-from .verify import _double, distance, in_double, outputs
+from .compare import _double, distance, in_double, outputs
 
 # %% ../../nbs/prune/surgery.ipynb #e2715eae
 def _indices(indices, n, what): # a sorted list of whole numbers in range, each once
@@ -112,13 +112,14 @@ def _alive(graph, name, indices): # what is left of all units when those of thes
         if any(r is not None and not alive[r].any() for r in axes): raise ValueError(f"nothing would be left of {n}")
     return alive
 
-def _dropouts(graph, alive): # (module name, new rate) of the dropouts on channels that lose some
-    if len(graph.records) < 2: raise ValueError("dropout=True needs a run in train mode, and the model does not run in train mode on these example inputs")
-    rec, out = graph.records[1], {}
+def _dropouts(graph, alive, inputs): # (module name, new rate) of the dropouts on channels that lose some
+    try: rec, out = graph.records[1] if len(graph.records) > 1 else Recorder(graph.model).run(inputs, train=True), {}
+    except Exception as e: raise ValueError("dropout=True needs a run in train mode, and the model does not run in train mode on these example inputs") from e
+    if rec.made is None: graph.read(rec)
     for op, made in zip(rec.ops, rec.made):
         m = graph.model.get_submodule(op.stack[-1]) if op.stack and made else None
         if not isinstance(m, nn.modules.dropout._DropoutNd): continue
-        kept = [alive[graph.flow.atoms.find(l)].mean() for l in made[0] if l is not None]
+        with graph.when(alive): kept = [graph.living(graph.flow.atoms.find(l)).mean() for l in made[0] if l is not None]
         out[op.stack[-1]] = float(m.p*np.prod(kept))
     return {n: p for n, p in out.items() if p != graph.model.get_submodule(n).p}
 
@@ -142,7 +143,7 @@ def prune_units(
     else: raise ValueError(f"{name!r}: no way was found to remove these outputs")
     plan = pruner.prover.plan(alive)
     if dropout:
-        for n, p in _dropouts(pruner.graph, alive).items(): plan.sizes.setdefault(n, []).append(('p', None, p))
+        for n, p in _dropouts(pruner.graph, alive, example_inputs).items(): plan.sizes.setdefault(n, []).append(('p', None, p))
     plan.remove(model, opt)
     return plan
 

@@ -6,7 +6,6 @@
 __all__ = ['as_percent', 'Sparsifier']
 
 # %% ../../nbs/sparse/sparsifier.ipynb #841e69d7
-import math
 import warnings
 from fnmatch import fnmatchcase
 from numbers import Real
