@@ -74,8 +74,8 @@ class _Site: # the outputs of one layer in a running model, and the loss with an
         return x
 
     def rows(self, z, n): # [samples, units, positions]
-        z = self.finite(z.detach(), 'output or gradient').movedim((self.axis, self.unit), (0, 1)).unsqueeze(2).flatten(2)
-        z = z if z.dtype == torch.float64 else z.float()
+        z = z.detach() if z.dtype == torch.float64 else z.detach().float()
+        z = self.finite(z, 'output or gradient').movedim((self.axis, self.unit), (0, 1)).unsqueeze(2).flatten(2)
         return z if len(z) == n else z.reshape(n, -1, *z.shape[1:]).transpose(1, 2).flatten(2)
 
     def active(self, b): # share of positive positions, in all uses of the layer
@@ -133,15 +133,13 @@ def _exact(site, bs, rows): # all 2^n coalitions
     worth = site.table(bs, lambda i, j: keep[:, None].expand(-1, j - i, -1), 2**n, rows)
     w = torch.tensor([1/(n*math.comb(n - 1, k)) for k in range(n)] + [0.], dtype=torch.float64) # of the orders in which k given units are left when the unit goes
     left = keep.sum(1, keepdim=True)
-    values = worth@torch.where(keep, -w[left - 1], w[left]).to(site.device)
-    return values, torch.zeros_like(values)
+    return worth@torch.where(keep, -w[left - 1], w[left]).to(site.device), None
 
 def _sampled(site, bs, rows, permutations, tolerance, seed): # orders by sample, each forwards and backwards
     n, size, g = site.units, sum(b.size for b in bs), torch.Generator().manual_seed(seed)
     ends = site.table(bs, lambda i, j: torch.tensor([True, False])[:, None, None].expand(-1, j - i, n), 2, rows)
     gone, rounds = torch.arange(1, n)[:, None, None], -(-permutations//2)
-    mean = torch.zeros(size, n, dtype=torch.float64, device=site.device)
-    m2 = torch.zeros_like(mean)
+    mean, m2 = torch.zeros(2, size, n, dtype=torch.float64, device=site.device)
     for k in tqdm(range(1, rounds + 1), desc=f'shapley of {site.name}', delay=5, leave=False):
         ranks = torch.rand(size, n, generator=g).argsort(1) # when each unit goes
         worth = site.table(bs, lambda i, j: torch.cat([r[i:j] >= gone for r in (ranks, n - 1 - ranks)]), 2*(n - 1), rows)
@@ -150,12 +148,12 @@ def _sampled(site, bs, rows, permutations, tolerance, seed): # orders by sample,
         value = (worth[:, 0].gather(1, ranks) + worth[:, 1].gather(1, n - 1 - ranks))/2
         mean += (delta := value - mean)/k
         m2 += delta*(value - mean)
-        if k < 2: continue
-        se = (m2/(k - 1)/k).sqrt() # of each sample's value
-        error, scale = (se.square().sum(0).sqrt()/size).max(), mean.mean(0).abs().max()
-        if size*(k - 1) >= 16 and error <= tolerance*scale: return mean, se # fewer could agree by chance
+        var = m2/max(k - 1, 1)/k # of each sample's value
+        error, scale = (var.sum(0).sqrt()/size).max(), mean.mean(0).abs().max()
+        freedom = ((k - 1)*var.sum(0)**2/var.square().sum(0)).nan_to_num(torch.inf).min() # Satterthwaite: a unit that few samples use has an error known from few numbers
+        if k > 1 and freedom >= 8 and error <= tolerance*scale: break
     if tolerance and error > tolerance*scale: warnings.warn(f"{site.name}: after {2*rounds} permutations of {size} samples the largest standard error is {float(error/scale):.1%} of the largest value, above tolerance={tolerance:g}; allow more permutations, or give more samples", stacklevel=3)
-    return mean, se
+    return mean, var.sqrt()
 
 # %% ../../nbs/core/attribution.ipynb #061c05cf
 reductions = {'mean': lambda rows: rows.mean(0), 'sum': lambda rows: rows.sum(0), 'none': lambda rows: rows,
