@@ -11,7 +11,7 @@ from typing import Callable
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .criteria import Criteria
 from .granularity import Granularities, parse_axes, suggest
