@@ -9,6 +9,7 @@ __all__ = ['gradient', 'taylor', 'taylor_signed', 'sensitivity', 'fisher', 'obd'
 # %% ../../nbs/core/data_criteria.ipynb #35a0326d
 import torch
 
+from . import attribution # registers shapley
 from .criteria import Criteria, criteria
 from .collect import collect
 

@@ -92,12 +92,22 @@ class Batch:
         if not isinstance(value, torch.Tensor) or value.numel() != 1: raise ValueError(f"loss must give one number, the mean over the samples of a batch; got {f'shape {tuple(value.shape)}' if isinstance(value, torch.Tensor) else repr(value)}")
         return value.reshape(())
 
+    def each(self,
+        f, # Of a tensor with one entry per sample
+    ): # Another batch
+        "The same, after `f` of each tensor that has one entry per sample"
+        n = self.size
+        def of(t): return f(t) if isinstance(t, torch.Tensor) and t.ndim and len(t) == n else t
+        return Batch({k: of(t) for k, t in self.inputs.items()} if isinstance(self.inputs, dict) else tuple(map(of, self.inputs)), tuple(map(of, self.targets)))
+
+    def parts(self,
+        n: int = 1, # Samples of each; the last may have fewer
+    ): # Batches
+        "Smaller batches, in order"
+        for i in range(0, self.size, n): yield self.each(lambda t: t[i:i + n])
     def singles(self): # Batches of one sample each
         "One batch per sample"
-        n, cut = self.size, lambda t, i: t[i:i + 1] if isinstance(t, torch.Tensor) and t.ndim and len(t) == self.size else t
-        for i in range(n):
-            inputs = {k: cut(t, i) for k, t in self.inputs.items()} if isinstance(self.inputs, dict) else tuple(cut(t, i) for t in self.inputs)
-            yield Batch(inputs, tuple(cut(t, i) for t in self.targets))
+        return self.parts()
 
 def _to(x, device): # tensors of any batch, plain and on the device
     if isinstance(x, torch.Tensor): return x.as_subclass(torch.Tensor).to(device)

@@ -29,9 +29,10 @@ class Watch(TorchFunctionMode):
         on_input: Callable = None, # `f(name, x)`, with the input of the layer: channels are axis 1 for convolutions, the last for linear layers; indices for embeddings
         on_output: Callable = None, # `f(name, z)`, with the output after norm and activation; what it returns, unless None, goes on in place of `z`
         on_norm: Callable = None, # `f(name, scale)`, with the weight of the norm that follows
+        after: bool = True, # Outputs after norm and activation, or straight from the layer?
     ):
         super().__init__()
-        self.names, self.on_input, self.on_output, self.on_norm = {id(p): n for n, p in params.items()}, on_input, on_output, on_norm
+        self.names, self.on_input, self.on_output, self.on_norm, self.after = {id(p): n for n, p in params.items()}, on_input, on_output, on_norm, after
         self.open, self.swapped, self.seen = {}, {}, set() # id of a tensor to (name, tensor) not yet reported; id to (tensor, what goes on in its place); names
 
     def __exit__(self, *exc):
@@ -39,6 +40,17 @@ class Watch(TorchFunctionMode):
         if exc[0] is None: # what nothing has used is an output of the model
             for i in list(self.open): self._report(i)
         else: self.open.clear()
+
+    def returned(self,
+        out, # What the model returned, still under watch
+    ): # The same, with replacements
+        "Report what is an output of the model, and replace it there too"
+        return self._map(out)
+
+    def _output(self, name, out):
+        if not (self.on_output or self.on_norm): return out
+        self.open[id(out)] = name, out
+        return out if self.after else self._report(id(out))
 
     def _report(self, i):
         name, t = self.open.pop(i)
@@ -76,9 +88,7 @@ class Watch(TorchFunctionMode):
             if (name := self.names.get(id(w))) is not None:
                 self.seen.add(name)
                 if self.on_input: self.on_input(name, x)
-                out = func(*args, **kwargs)
-                if self.on_output or self.on_norm: self.open[id(out)] = name, out
-                return out
+                return self._output(name, func(*args, **kwargs))
         return func(*args, **kwargs)
 
     _args = ('query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_proj_weight', 'in_proj_bias', 'bias_k', 'bias_v', 'add_zero_attn', 'dropout_p', 'out_proj_weight', 'out_proj_bias')
@@ -94,6 +104,4 @@ class Watch(TorchFunctionMode):
         x, weights = F.multi_head_attention_forward(**{**kw, 'out_proj_weight': torch.eye(w.shape[1], dtype=w.dtype, device=w.device), 'out_proj_bias': None})
         self.seen.add(name)
         if self.on_input: self.on_input(name, x)
-        out = F.linear(x, w, b)
-        if self.on_output or self.on_norm: self.open[id(out)] = name, out
-        return out, weights
+        return self._output(name, F.linear(x, w, b)), weights
