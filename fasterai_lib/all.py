@@ -26,6 +26,7 @@ from .prune.rules import rule, rules
 from .prune.surgery import fold_batchnorm, prune_parameter, prune_units
 from .show.granularities import *
 from .show.report import SparsityReport
+from .sparse.compensate import compensate
 from .sparse.recalibrate import recalibrate
 from .sparse.reconstruct import reconstruct
 from .sparse.sparsegpt import obc, sparsegpt

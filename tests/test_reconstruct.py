@@ -9,10 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from fasterai_lib.core.masks import Masks
+from fasterai_lib.sparse.compensate import compensate
 from fasterai_lib.sparse.lockstep import Lockstep
 from fasterai_lib.sparse.recalibrate import recalibrate
-from fasterai_lib.sparse.reconstruct import columns, reconstruct, solve_rows
-from fasterai_lib.sparse.sparsegpt import Budget, obc, obc_columns, obc_rows, sparsegpt, sparsegpt_rows
+from fasterai_lib.sparse.least_squares import columns, solve_rows
+from fasterai_lib.sparse.obs import Budget, obc_columns, obc_rows, sparsegpt_rows
+from fasterai_lib.sparse.reconstruct import reconstruct
+from fasterai_lib.sparse.sparsegpt import obc, sparsegpt
 from fasterai_lib.sparse.sparsifier import Sparsifier
 
 TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -342,3 +345,29 @@ def test_each_layer_sees_the_pruned_or_the_dense_network():
     nets = [convnet(norm=False) for _ in range(3)]
     for net, kw in zip(nets, (dict(), dict(sequential=False), dict(dense=True))): sparsegpt(net, 60, x, **kw)
     assert torch.equal(nets[0][0].weight, nets[1][0].weight) and not torch.equal(nets[0][2].weight, nets[1][2].weight) and not torch.equal(nets[0][2].weight, nets[2][2].weight)
+
+
+# compensate
+
+def test_means_of_dead_units_go_into_the_next_bias_or_running_mean():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Sigmoid(), nn.Conv2d(6, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(80, 2)).double().eval()
+    x, dense = data(3, 4, 4), copy.deepcopy(net)
+    masks = random_masks(net, 50, 'shared_kernel', nn.Conv2d, exclude='0')
+    table = compensate(net, masks, list(x.split(25)))
+    gone = ~masks['2.weight'].full((5, 6, 3, 3))
+    z = F.conv2d(dense[:2](x), dense[2].weight*gone, padding=1).mean((0, 2, 3)).detach() # what is missing, on average
+    torch.testing.assert_close(net[3].running_mean, dense[3].running_mean - z)
+    assert table.into.tolist()[0] == '3.running_mean' and masks.held(net) and torch.equal(net[0].weight, dense[0].weight)
+    assert torch.equal(net[6].weight, dense[6].weight) and torch.equal(net[3].running_var, dense[3].running_var)
+    torch.testing.assert_close(net(x).mean(0), dense(x).mean(0)) # the last bias corrects what the nonlinearity made of it
+
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    x, dense, masks = data(6), copy.deepcopy(net), random_masks(net, 50, 'row', nn.Linear, exclude='2')
+    dead = ~masks['0.bias'].keep
+    compensate(net, masks, x)
+    torch.testing.assert_close(net[2].bias, dense[2].bias + dense[2].weight[:, dead] @ dense[:2](x)[:, dead].mean(0))
+    assert (net[0].bias[dead] == 0).all()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match='NaN'): compensate(net, masks, x*float('nan'))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values()))
