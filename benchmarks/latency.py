@@ -136,7 +136,7 @@ def main():
     args = parser.parse_args()
     models, percents, seconds, image, spans = args.models, args.percents, args.seconds, 224, [(30, 50), (126, 146)]
     if args.quick: models, percents, seconds, image, spans = ['resnet18'], [50], 1, 64, [(30, 34)]
-    print(f'## Latency\n\n{__doc__}\n\n{machine()}')
+    print(f'## Really removing: latency\n\n{__doc__}\n\n{machine()}')
     print(f'torchvision, {image} px, batch 1, random weights, Torch-Pruning {version("torch-pruning")}. Each row is a process: dense and pruned alternate run by run for\n'
           f'{seconds:g} s after 3 runs each; ratios of medians, pruned to dense; CPU time is the thread\'s own, less sensitive to what else runs.\n'
           f'latency / MACs: 1 when all saved work is saved time; goal at most {GOAL:g} (80 % of the speed-up), and a latency ratio of at most 1.\n')

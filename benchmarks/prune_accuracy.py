@@ -1,6 +1,6 @@
 """Accuracy of the trained CIFAR-10 ResNets at half the multiply-accumulates, every library fine-tuned for the same number of steps."""
 from common import machine, note, optional, quiet, table, version  # one thread, before torch is imported
-import argparse, copy, json, math, statistics, time
+import argparse, copy, fnmatch, json, math, statistics, time
 from functools import partial
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -130,7 +130,7 @@ def main():
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--batch', type=int, default=128)
     parser.add_argument('--rate', type=float, default=.02)
-    parser.add_argument('--only', default='', help='settings whose "library: setting" contains one of these, joined by |')
+    parser.add_argument('--only', default='*', help='globs of "library: setting", joined by |')
     parser.add_argument('--select', action='store_true', help='test on the last 10,000 training images, which are not trained on here: for choosing settings')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--threads', type=int, default=1)
@@ -138,7 +138,7 @@ def main():
     parser.add_argument('--out', type=Path, help='a file of rows, resumed when it exists')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f'## Accuracy of pruned networks\n\n{__doc__}\n')
+    print(f'## Really removing: accuracy of {args.model}\n\n{__doc__}\n')
     if not (args.data/'cifar10').is_dir() or not (args.data/'cifar10_resnets').is_dir(): return print('*Left out: the data are not there.*\n')
     if args.quick: args.images, args.test, args.seeds, args.epochs = 4*args.batch, 500, 1, 1
     parts = [cifar.images(args.data, i + 1) for i in range(math.ceil(min(args.images, 40000)/10000))]
@@ -152,7 +152,7 @@ def main():
     made, first = contenders(), {}
     for key in made: first.setdefault(key[0], key)
     if args.quick: made = {k: made[k] for k in first.values()}
-    if args.only: made = {k: f for k, f in made.items() if any(o in ': '.join(k) for o in args.only.split('|'))}
+    made = {k: f for k, f in made.items() if any(fnmatch.fnmatchcase(': '.join(k), o) for o in args.only.split('|'))}
     identity = dict(model=args.model, target=args.target, images=args.images, steps=steps, test=args.test, select=args.select, batch=args.batch, rate=args.rate)
     rows = [r for r in map(json.loads, args.out.read_text().splitlines()) if r['identity'] == identity] if args.out and args.out.exists() else []
     pruned = {}

@@ -1,8 +1,8 @@
 """The benchmark programs run: each in a process of its own, on a model of two layers, without the peers that need installing."""
-import subprocess, sys
+import importlib, re, subprocess, sys
 from pathlib import Path
 
-import pytest
+import pytest, torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1]/'benchmarks'
 PROGRAMS = {
@@ -50,3 +50,61 @@ def test_tables_and_machine_name_no_place():
     text = subprocess.run([sys.executable, '-c', code, BENCHMARKS], capture_output=True, text=True, check=True).stdout
     assert text.startswith('| a | b |\n| --- | --- |\n| 1 | 2 |') and 'CPU' in text
     assert str(Path.home()) not in text and str(BENCHMARKS) not in text
+
+
+HEAD = '# Benchmark results\n\nKept.\n\n'
+OLD = HEAD + '## By hand\n\nText.\n\n### Part\n\n| a |\n\n## B\n\nold\n\n### of B\n\nold too\n\n## Last: c\n\nkept\n'
+
+
+@pytest.fixture
+def run(monkeypatch):
+    "run.py, imported once its thread setting cannot leak into other tests"
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads = torch.get_num_threads()
+    yield importlib.import_module('run')
+    torch.set_num_threads(threads)
+
+
+def test_sections_are_replaced_in_place_and_others_stay(run):
+    assert ''.join(text for _, text in run.sections(OLD)) == OLD
+    assert run.merged(OLD, '## B\n\nnew\n') == HEAD + '## By hand\n\nText.\n\n### Part\n\n| a |\n\n## B\n\nnew\n\n## Last: c\n\nkept\n'
+    assert run.merged(OLD, '## Last\n\nnew\n') == OLD + '\n## Last\n\nnew\n'  # another heading, though this one begins like it
+    two = run.merged(OLD, 'left out\n\n## New\n\nn\n\n## By hand\n\nagain\n')
+    assert two == HEAD + '## By hand\n\nagain\n' + OLD[OLD.index('\n## B\n'):] + '\n## New\n\nn\n\nleft out\n'
+    assert run.merged('', '## B\n\nnew\n') == '# Benchmark results\n\n## B\n\nnew\n'
+    for new in '### no section\n', '', '## B\n\n# another title\n':
+        with pytest.raises(ValueError, match='heading'): run.merged(OLD, new)
+
+
+def test_results_survive_a_run(run):
+    text = (BENCHMARKS/'RESULTS.md').read_text()
+    before, after = run.sections(text), run.sections(run.merged(text, '## One-shot magnitude pruning\n\nnew\n'))
+    assert [h for h, _ in before] == [h for h, _ in after] and len({h for h, _ in before}) == len(before)
+    assert [h for (h, a), (_, b) in zip(before, after) if a.strip() != b.strip()] == ['## One-shot magnitude pruning']
+    assert [line for line in text.splitlines() if line.startswith('# ')] == ['# Benchmark results']
+
+
+def test_a_failed_program_leaves_its_section(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, 'HERE', tmp_path)
+    out = tmp_path/'RESULTS.md'
+    out.write_text(OLD)
+    (tmp_path/'fit.py').write_text("print('## B'); raise SystemExit(1)")
+    (tmp_path/'latency.py').write_text("import sys; print('## Last: c', *sys.argv[1:])")
+    (tmp_path/'coverage.py').write_text(f"import sys; print('## Quick', *sys.argv[1:]); sys.exit({run.SHORT})")
+    monkeypatch.setattr('sys.argv', ['run.py', '--only', 'fit', 'latency', 'coverage'])
+    with pytest.raises(SystemExit, match='failed: fit, coverage'): run.main()
+    got = dict(run.sections(out.read_text()))
+    assert list(got) == ['', '## By hand', '## B', '## Last: c', '## Quick --quick'] and 'old too' in got['## B'] and 'kept' not in got['## Last: c']
+    assert 'CPU' in got['## Last: c'] and '--only latency`' in got['## Last: c']
+    out.write_text(OLD)
+    monkeypatch.setattr('sys.argv', ['run.py', '--quick', '--only', 'latency'])
+    run.main()  # not to quote: not written
+    assert out.read_text() == OLD
+
+
+def test_programs_print_the_headings_that_they_replace(run):
+    headings = {h for h, _ in run.sections((BENCHMARKS/'RESULTS.md').read_text())}
+    assert set(run.DEFAULT) < set(run.PROGRAMS) and all((BENCHMARKS/f'{name}.py').exists() for name in run.PROGRAMS)
+    for name in {*run.PROGRAMS} - {'coverage', 'prune_accuracy'}:  # theirs depend on their arguments
+        printed = re.search(r"print\(f?'(## .+?)\\n", (BENCHMARKS/f'{name}.py').read_text())[1]
+        assert printed in headings, name
