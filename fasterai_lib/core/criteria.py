@@ -101,7 +101,14 @@ class Criteria:
         refs: dict = None, # Parameter name to reference weights
     ) -> torch.Tensor: # One score per unit, flat
         "The score of each unit"
-        def values(s): return s.param.detach().reshape(s.grid.view), (self.reference(refs, s.name).reshape(s.grid.view) if self.needs_reference else None)
+        return self.differentiable_scores(units, refs)
+
+    def differentiable_scores(self,
+        units: Units, # Units of a layer
+        refs: dict = None, # Parameter name to reference weights
+    ) -> torch.Tensor: # One score per unit, flat
+        "The same, with a gradient for the weights"
+        def values(s): return s.param.reshape(s.grid.view), (self.reference(refs, s.name).reshape(s.grid.view) if self.needs_reference else None)
         if self.between and units.size is None: raise ValueError(f"{units.layer}: {self} compares whole units, which must have one size; blocks of {units.grid.block} do not divide {units.grid.view}")
         if len(units.shares) > 1 or self.between: # one unit across several weights, or units that are compared
             rows = torch.cat([s.grid.rows(self.elementwise(*values(s), units.layer)) for s in units.shares], 1)
