@@ -28,10 +28,9 @@ from .prune.rules import rule, rules
 from .prune.surgery import fold_batchnorm, prune_parameter, prune_units
 from .show.granularities import *
 from .show.report import SparsityReport
-from .sparse.compensate import compensate
-from .sparse.recalibrate import recalibrate
-from .sparse.reconstruct import reconstruct
-from .sparse.sparsegpt import obc, sparsegpt
+from .sparse.distill import DistillCallback
+from .sparse.regrow import RegrowCallback, erk, exchange
+from .sparse.regularize_callback import LossTermCallback, RegularizeCallback, TidyCallback
 from .sparse.sparsifier import Sparsifier
 from .sparse.sparsify_callback import MaskCallback, SparsifyCallback
 

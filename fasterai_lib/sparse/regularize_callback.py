@@ -123,4 +123,4 @@ class RegularizeCallback(LossTermCallback):
 
     def _of(self, u): # one number per unit
         scores = self.sparsifier.criteria.differentiable_scores(u, self.sparsifier.refs)
-        return scores if self.kind != 'group_lasso' else scores*u.sizes().sqrt().to(scores)
+        return scores if self.kind != 'group_lasso' else scores*u.sizes().to(scores).sqrt()
