@@ -28,10 +28,13 @@ from .prune.rules import rule, rules
 from .prune.surgery import fold_batchnorm, prune_parameter, prune_units
 from .show.granularities import *
 from .show.report import SparsityReport
+from .sparse.admm import ADMMCallback
 from .sparse.distill import DistillCallback
+from .sparse.movement import MovementCallback, SoftThresholdCallback
 from .sparse.regrow import RegrowCallback, erk, exchange
 from .sparse.regularize_callback import LossTermCallback, RegularizeCallback, TidyCallback
 from .sparse.sparsifier import Sparsifier
 from .sparse.sparsify_callback import MaskCallback, SparsifyCallback
+from .sparse.straight_through import StraightThroughCallback
 
 __all__ = [n for n in globals() if not n.startswith('_')]

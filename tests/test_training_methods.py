@@ -17,7 +17,8 @@ from test_training_loop import (Do, FirstSpy, Spy, body_head, conv_net, exact, e
 from torch import nn
 from torch.nn import functional as F
 
-from fasterai_lib.all import DistillCallback, LossTermCallback, Masks, RegrowCallback, RegularizeCallback, Schedule, SparsifyCallback, TidyCallback, erk, exchange, lin
+from fasterai_lib.all import (ADMMCallback, DistillCallback, LossTermCallback, Masks, MovementCallback, RegrowCallback, RegularizeCallback, Schedule, SoftThresholdCallback,
+                              SparsifyCallback, StraightThroughCallback, TidyCallback, erk, exchange, lin)
 from fasterai_lib.core.criteria import Criteria, criteria
 from fasterai_lib.core.schedule import sched_lin
 
@@ -615,3 +616,266 @@ def test_exchange_against_loops():
             want[sorted(np.flatnonzero(k), key=lambda i: (d[i], i))[:m]] = False
             want[sorted(np.flatnonzero(~k), key=lambda i: (-g[i], i))[:m]] = True
             assert (r == want).all()
+
+
+# --- weights behind weights: straight-through, movement, soft thresholds
+
+def batches_of(n_batches=4, bs=8):
+    items = images(n_batches*bs, dtype=torch.float64)
+    return [tuple(torch.stack(t) for t in zip(*items[bs*k:bs*k + bs])) for k in range(n_batches)]
+
+
+def loss_of(params, x, y):
+    "plain_net with these parameters"
+    h = F.conv2d(F.conv2d(x, params['0.weight'], params['0.bias'], padding=1).relu(), params['2.weight'], params['2.bias'], padding=1).relu().mean((2, 3))
+    return F.cross_entropy(F.linear(h, params['6.weight'], params['6.bias']), y)
+
+
+def top(score, percent):
+    "One boolean per entry: all but the lowest, by a full sort"
+    flat, keep = score.flatten(), torch.ones(score.numel(), dtype=torch.bool)
+    keep[sorted(range(len(flat)), key=lambda i: (flat[i].item(), i))[:math.floor(percent*len(flat)/100 + .5)]] = False
+    return keep.view(score.shape)
+
+
+CONVS = ('0.weight', '2.weight')
+
+
+def run_by_hand(model, lr, epochs, outer, after=lambda grads, w, t: None):
+    "SGD on dense weights, with the gradients of what the network runs with; returns the dense weights and the last outer ones"
+    w = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for t in range(4*epochs):
+        x, y = batches_of()[t % 4]
+        seen = {n: (outer(n, v, t) if n in CONVS else v).detach().requires_grad_() for n, v in w.items()}
+        g = dict(zip(seen, torch.autograd.grad(loss_of(seen, x, y), list(seen.values()))))
+        g = after(g, w, t) or g
+        for n in w: w[n] = w[n] - lr*g[n]
+    return w
+
+
+def fit_of(make, cb, epochs=2, lr=.1, seed=1, cbs=(), **kwargs):
+    learn = make(model=plain_net_of(seed), dls=in_order(dtype=torch.float64), opt_func=SGD, **kwargs)
+    inner = {}
+    def keep(learn): inner.update({n: p.detach().clone() for n, p in learn.model.named_parameters()})
+    learn.fit(epochs, lr, wd=0., cbs=[cb, *cbs, Do('after_step', keep, order=1000)])
+    return learn, inner
+
+
+def test_straight_through_by_hand(make):
+    cb = StraightThroughCallback(60, 'weight', 'local', 'large_final', Schedule(sched_lin, end=.75))
+    learn, inner = fit_of(make, cb)
+    percent = lambda t: 60*min((t + 1)/8/.75, 1)
+    want = run_by_hand(plain_net_of(1), .1, 2, lambda n, v, t: v*top(v.abs(), percent(t)))
+    last = run_by_hand(plain_net_of(1), .1, 2, lambda n, v, t: masks.__setitem__(n, top(v.abs(), percent(t))) or v*masks[n]) if (masks := {}) is not None else None
+    for n in want:
+        torch.testing.assert_close(inner[n], want[n], rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(dict(learn.model.named_parameters())[n], want[n]*masks[n] if n in CONVS else want[n], rtol=1e-7, atol=1e-9)
+    assert all(exact(w, 60) for w in weights(learn.model).values()) and all(zeros(inner[n]) == 0 for n in CONVS)
+
+
+def test_movement_by_hand(make):
+    cb = MovementCallback(60, context='local', schedule=Schedule(sched_lin, end=.75))
+    learn, inner = fit_of(make, cb)
+    s = {n: torch.zeros_like(p, dtype=torch.float32).requires_grad_() for n, p in plain_net_of(1).named_parameters() if n in CONVS}
+    opt = torch.optim.Adam(s.values(), lr=.01)
+    def train_scores(g, w, t):
+        for n in CONVS: s[n].grad = (g[n]*w[n]).float()
+        opt.step()
+    want = run_by_hand(plain_net_of(1), .1, 2, lambda n, v, t: v*top(s[n].detach(), 60*min((t + 1)/8/.75, 1)), train_scores)
+    for n in want: torch.testing.assert_close(inner[n], want[n], rtol=1e-6, atol=1e-8)
+    for n in CONVS: torch.testing.assert_close(cb.scores[n], s[n], rtol=1e-4, atol=1e-6)
+    assert all(exact(w, 60) for w in weights(learn.model).values())
+
+
+def test_soft_movement_by_hand(make):
+    cb = MovementCallback(None, threshold=.4, weight=50., score_lr=.3)
+    learn, inner = fit_of(make, cb, epochs=3)
+    s = {n: torch.zeros_like(p, dtype=torch.float32).requires_grad_() for n, p in plain_net_of(1).named_parameters() if n in CONVS}
+    opt, total = torch.optim.Adam(s.values(), lr=.3), sum(t.numel() for t in s.values())
+    def train_scores(g, w, t):
+        opt.zero_grad()
+        (50*sum(v.sigmoid().sum() for v in s.values())/total + sum((v*(g[n]*w[n]).float()).sum() for n, v in s.items())).backward()
+        opt.step()
+    want = run_by_hand(plain_net_of(1), .1, 3, lambda n, v, t: v*((s[n].detach().sigmoid() > .4) | (s[n].detach() == s[n].detach().max())), train_scores)
+    for n in want: torch.testing.assert_close(inner[n], want[n], rtol=1e-6, atol=1e-8)
+    assert 0 < zeros(*weights(learn.model).values()) < 324
+
+
+def test_soft_thresholds_by_hand(make):
+    cb = SoftThresholdCallback(decay=.02, init=-3., score_lr=.1)
+    learn, inner = fit_of(make, cb, epochs=3)
+    w = {n: p.detach().clone() for n, p in plain_net_of(1).named_parameters()}
+    s = {n: torch.tensor(-3., dtype=torch.float64) for n in CONVS}
+    t32 = {n: torch.tensor(-3.).requires_grad_() for n in CONVS}
+    opt = torch.optim.Adam(t32.values(), lr=.1)
+    for t in range(12):
+        x, y = batches_of()[t % 4]
+        leaf = {n: v.clone().requires_grad_() for n, v in w.items()}
+        s = {n: t32[n].detach().double().requires_grad_() for n in CONVS}
+        seen = {n: torch.sign(v)*torch.relu(v.abs() - s[n].sigmoid()) if n in CONVS else v for n, v in leaf.items()}
+        (loss_of(seen, x, y) + .01*sum(v**2 for v in s.values())).backward()
+        for n in CONVS: t32[n].grad = s[n].grad.float()
+        opt.step()
+        w = {n: (v - .1*v.grad).detach() for n, v in leaf.items()}
+    for n in w: torch.testing.assert_close(inner[n], w[n], rtol=1e-5, atol=1e-7)
+    assert cb.masks.held(learn.model) and 0 < cb.masks.sparsity < 100 and zeros(*weights(learn.model).values()) == round(cb.masks.sparsity*3.24)
+
+
+behind = dict(straight=lambda **kw: StraightThroughCallback(70, 'weight', 'local', 'large_final', 'agp', **kw), movement=lambda **kw: MovementCallback(70, context='local', **kw),
+              soft=lambda **kw: MovementCallback(None, weight=20., threshold=.4, score_lr=.1, **kw), threshold=lambda **kw: SoftThresholdCallback(.01, -3., **kw))
+every_behind = pytest.mark.parametrize('kind', behind)
+
+
+@every_behind
+def test_what_is_left_is_what_was_validated(make, kind):
+    learn, cb = make(4), behind[kind]()
+    learn.fit(3, 1e-2, cbs=cb)
+    values = list(learn.recorder.values[-1])
+    assert list(learn.validate()) == pytest.approx(values[1:3]) and values[-1] == pytest.approx(100*zeros(*weights(learn.model).values())/324)
+    assert cb.masks.held(learn.model) and (kind in ('soft', 'threshold') or all(exact(w, 70) for w in weights(learn.model).values()))
+    assert set(learn.model.state_dict()) == set(conv_net().state_dict()) and not cb.inner and not cb.old
+
+
+@every_behind
+def test_behind_is_not_disturbed(make, kind):
+    "by validate, get_preds or lr_find, in the middle of a fit or after it"
+    def run(*cbs):
+        torch.manual_seed(0)
+        learn = make(4, dls=in_order())
+        learn.fit(3, 1e-2, cbs=[behind[kind](), *cbs])
+        return snapshot(learn.model)
+    look = [Do(at, lambda l: l.validate(), order=o) for at, o in (('after_train', 1500), ('after_epoch', -5), ('after_epoch', 1500))]
+    a, b = run(), run(*look)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    cb = behind[kind]()
+    learn = make(4, cbs=[cb])
+    learn.lr_find(num_it=9, show_plot=False, suggest_funcs=None)
+    learn.fit(2, 1e-2)
+    before, masks, scores = snapshot(learn.model), cb.masks.copy(), {n: s.detach().clone() for n, s in cb.scores.items()}
+    learn.lr_find(num_it=9, show_plot=False, suggest_funcs=None)
+    learn.validate(); learn.get_preds()
+    assert same(before, snapshot(learn.model)) and cb.masks == masks and all(torch.equal(s, scores[n]) for n, s in cb.scores.items())
+    learn.fit(1, 1e-2)
+
+
+@every_behind
+def test_the_best_is_sparse(make, kind):
+    from test_training_loop import Score
+    learn, cb, shown = make(4, metrics=Score([1, 9, 2])), behind[kind](), []
+    learn.fit(3, 1e-2, cbs=[SaveModelCallback(monitor='score'), cb, Do('after_epoch', lambda l: shown.append(snapshot(l.model)), order=2000)])
+    assert same(shown[1], snapshot(learn.model)) and zeros(*weights(learn.model).values())
+
+
+@every_behind
+@pytest.mark.parametrize('at', ['before_batch', 'after_pred', 'after_loss', 'after_backward', 'after_step', 'after_batch'])
+@pytest.mark.parametrize('error', [RuntimeError('x'), KeyboardInterrupt()])
+def test_after_an_error_the_dense_weights_are_back(make, kind, at, error):
+    learn, cb, last = make(4), behind[kind](), {}
+    def keep(learn): last.update({n: p.detach().clone() for n, p in learn.model.named_parameters()})
+    with pytest.raises((RuntimeError, KeyboardInterrupt)): learn.fit(2, 1e-2, cbs=[cb, Do('after_step', keep, order=-1000), Do(at, throw(error), at=(1, 2), order=1000)])
+    assert all(torch.equal(p, last[n]) for n, p in learn.model.named_parameters()) and not zeros(*weights(learn.model).values())
+    learn.fit(1, 1e-2, cbs=cb)
+
+
+@every_behind
+@pytest.mark.parametrize('at', ['before_batch', 'after_pred', 'after_backward', 'after_batch'])
+@pytest.mark.parametrize('skip', ['Batch', 'Train', 'Epoch', 'Fit'])
+def test_cancelled(make, kind, at, skip):
+    import fastai.callback.core as core
+    learn, cb = make(4), behind[kind]()
+    if at == 'after_batch' and skip == 'Batch': return  # there is nothing left to skip
+    learn.fit(3, 1e-2, cbs=[cb, Do(at, throw(getattr(core, f'Cancel{skip}Exception')()), at=(1, 2), order=1000)])
+    assert cb.masks.held(learn.model) and not cb.inner and zeros(*weights(learn.model).values())
+
+
+@every_behind
+def test_behind_with_accumulation(make, kind):
+    "Two batches of 8 are one step of 16, for the weights and for the scores"
+    out = []
+    for bs, cbs in ((16, []), (8, [GradientAccumulation(16)])):
+        learn = make(model=plain_net_of(1), dls=in_order(32//bs, bs, torch.float64), opt_func=SGD)
+        cb, first = behind[kind](), {}
+        cb.schedule = Schedule(sched_lin, end=.01)
+        learn.fit(1, .01, wd=0., cbs=[cb, *cbs, Do('before_step', lambda l: first or first.update({n: p.grad.clone() for n, p in l.model.named_parameters()}, **{f'score {n}': s.grad.clone() for n, s in cb.scores.items()}), order=1000)])
+        out.append(first)
+    for n in out[0]: torch.testing.assert_close(out[1][n], out[0][n], rtol=1e-5, atol=1e-8)
+
+
+def test_skipped_steps_do_not_train_scores(make):
+    from fastai.callback.core import CancelStepException
+    learn, cb = make(4), MovementCallback(50)
+    learn.fit(1, 1e-2, cbs=[cb, Do('before_step', throw(CancelStepException()), order=10)])
+    assert not any(s.any() for s in cb.scores.values())
+
+
+@pytest.mark.parametrize('layer_type, tied', [(nn.Embedding, True), (nn.LSTM, False), (nn.MultiheadAttention, False)])
+def test_behind_other_layers(make, layer_type, tied):
+    kind = {nn.LSTM: 'lstm', nn.MultiheadAttention: 'attention'}.get(layer_type, 'embedding')
+    for make_cb in (lambda: StraightThroughCallback(50, 'weight', 'local', 'large_final', 'agp', layer_type=layer_type), lambda: MovementCallback(50, context='local', layer_type=layer_type)):
+        learn, cb = make(4, TextNet(kind, tied=tied), items=tokens), make_cb()
+        learn.fit(2, 1e-2, cbs=cb)
+        ps = [p for n, p in cb.masks.params(learn.model).items() if 'bias' not in n]
+        assert zeros(*ws) == sum(w.numel() for w in ws)//2 if (ws := ps) else False
+        assert not tied or learn.model.emb.weight is learn.model.decoder.weight
+
+
+def test_filters_take_their_bias_along(make):
+    learn, cb = make(4), MovementCallback(50, 'filter', 'local', exclude='0')
+    learn.fit(2, 1e-2, cbs=cb)
+    w = learn.model[3]
+    assert torch.equal(w.bias == 0, (w.weight == 0).flatten(1).all(1)) and zeros(w.bias) == 4
+
+
+# --- ADMM
+
+@pytest.mark.parametrize('granularity', ['weight', 'filter'])
+def test_admm_by_hand(make, granularity):
+    model, lr, rho = plain_net_of(1), .1, .5
+    cb = ADMMCallback(50, granularity, rho=rho, every='3 steps')
+    learn, _ = fit_of(make, cb, epochs=3)
+    score = lambda v: v.abs() if granularity == 'weight' else v.abs().flatten(1).mean(1).view(-1, 1, 1, 1)
+    w = {n: p.detach().clone() for n, p in model.named_parameters()}
+    names = [*CONVS, *([] if granularity == 'weight' else ['0.bias', '2.bias'])]
+    def project(v): return {n: v[n]*(top(score(v[n.replace('bias', 'weight')]), 50).expand_as(v[n]) if n in CONVS else top(score(v[n.replace('bias', 'weight')]), 50).flatten()) for n in names}
+    z, u = project(w), {n: torch.zeros_like(w[n]) for n in names}
+    for t in range(12):
+        if t and t % 3 == 0:
+            z = project({n: w[n] + u[n] for n in names})
+            u = {n: u[n] + w[n] - z[n] for n in names}
+        x, y = batches_of()[t % 4]
+        leaf = {n: v.clone().requires_grad_() for n, v in w.items()}
+        (loss_of(leaf, x, y) + rho/2*sum(((leaf[n] - z[n] + u[n])**2).sum() for n in names)).backward()
+        w = {n: (v - lr*v.grad).detach() for n, v in leaf.items()}
+    want = {**w, **project(w)}
+    for n, p in learn.model.named_parameters(): torch.testing.assert_close(p, want[n], rtol=1e-7, atol=1e-9)
+    assert cb.masks.held(learn.model) and all(exact(v, 50) for v in weights(learn.model).values()) and [h['batch'] for h in cb.history] == [0, 3, 6, 9]
+
+
+def test_admm_converges_and_cuts_the_best(make):
+    from test_training_loop import Score
+    learn, cb = make(4, metrics=Score([9, 1, 1])), ADMMCallback(70, context='global', rho=.3, every='2 steps')
+    learn.fit(3, 1e-2, cbs=[SaveModelCallback(monitor='score'), cb])
+    assert zeros(*weights(learn.model).values()) == round(.7*324) and cb.masks.held(learn.model)
+    learn, cb = make(4, opt_func=SGD), ADMMCallback(70, rho=1., every='4 steps')
+    learn.fit(10, .05, cbs=cb)
+    assert cb.history[-1]['distance'] < cb.history[0]['distance']/10
+
+
+def test_admm_elsewhere(make):
+    cb = ADMMCallback(70, every='2 steps')
+    learn = make(4, cbs=[cb])
+    before = snapshot(learn.model)
+    learn.lr_find(num_it=9, show_plot=False, suggest_funcs=None)
+    learn.validate()
+    assert same({k: v for k, v in before.items()}, snapshot(learn.model)) and cb.masks is None
+    learn.remove_cb(cb)
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, 1e-2, cbs=[cb, Do('after_pred', throw(KeyboardInterrupt()), at=(1, 1))])
+    assert not cb.z and not cb.u and not zeros(*weights(learn.model).values())
+    learn.fit(1, 1e-2, cbs=cb)
+    after, masks = snapshot(learn.model), cb.masks
+    learn.validate(); learn.get_preds(cbs=cb)
+    assert same(after, snapshot(learn.model)) and cb.masks is masks
+    for bad in (dict(rho=-1), dict(rho=True), dict(every=3), dict(every='1 week')):
+        with pytest.raises(ValueError): ADMMCallback(50, **bad)
+    with pytest.raises(ValueError, match='never be updated'): learn.fit(1, cbs=ADMMCallback(50))
+    with pytest.raises(ValueError, match='not a part'): learn.fit(2, cbs=ADMMCallback(50, model=conv_net()))
