@@ -69,7 +69,8 @@ class ADMMCallback(TidyCallback):
         try:
             for n, (p, w) in inner.items(): p.data = w + self.u[n] # what is judged
             masks = s.decide(self.targets)
-            self.z = {n: masks[n].apply(p.detach().clone()) for n, p in masks.params(self.target).items()}
+            self.z = {n: p.detach().clone() for n, p in masks.params(self.target).items()}
+            for n, z in self.z.items(): masks[n].apply(z)
         finally:
             for p, w in inner.values(): p.data = w
         if s.criteria.needs_update: s.remember()

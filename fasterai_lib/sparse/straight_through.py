@@ -46,7 +46,9 @@ class StraightThroughCallback(SparsifyCallback, TidyCallback):
     def outer(self, name: str, w: torch.Tensor # A dense weight
         ) -> torch.Tensor: # Of the same shape
         "What the network runs with"
-        return self.masks[name].apply(w.clone())
+        w = w.clone()
+        self.masks[name].apply(w)
+        return w
 
     def pull(self, name: str,
         g: torch.Tensor, # Gradient of what the network has run with
@@ -82,7 +84,8 @@ class StraightThroughCallback(SparsifyCallback, TidyCallback):
     @torch.no_grad()
     def _hide(self): # and back
         inner, self.inner = self.inner, {}
-        for n, p in (self._params().items() if inner else ()): p.copy_(inner[n])
+        for n, p in (self._params().items() if inner else ()):
+            if n in inner: p.copy_(inner[n])
 
     def _hold(self, masks): self.held = [] # nothing is held at zero
 
