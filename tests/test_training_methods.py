@@ -676,6 +676,24 @@ def test_straight_through_by_hand(make):
     assert all(exact(w, 60) for w in weights(learn.model).values()) and all(zeros(inner[n]) == 0 for n in CONVS)
 
 
+@pytest.mark.parametrize('schedule', ['agp', 'static', Schedule(sched_lin, end=.7)])
+def test_masks_are_chosen_every_so_often(make, schedule):
+    learn, cb, seen = make(5), StraightThroughCallback(60, 'weight', 'local', 'large_final', schedule, every=4), []
+    learn.fit(3, 1e-2, cbs=[cb, Do('before_batch', lambda l: l.training and seen.append(cb.masks), order=1000)])
+    changed = [t for t in range(1, 15) if seen[t] is not seen[t - 1]]
+    assert changed == sorted({4, 8, 12, cb.last_move} - {0}) and all(exact(w, 60) for w in weights(learn.model).values())
+
+
+@pytest.mark.parametrize('criterion', ['taylor', 'wanda', 'apoz'])
+def test_straight_through_with_data(make, criterion):
+    learn, cb = make(4), StraightThroughCallback(50, 'weight', 'local', criterion, 'agp', every=2)
+    learn.fit(2, 1e-2, cbs=cb)
+    assert all(exact(w, 50) for w in weights(learn.model).values()) and cb.loop is None
+    learn, cb = make(4), RegrowCallback(50, first=criterion, every='2 steps')
+    learn.fit(2, 1e-2, cbs=[cb, Spy(cb)])
+    assert list(exact_masks(cb, learn.model, 50)) == [True, True] and len(cb.updates) == 2
+
+
 def test_movement_by_hand(make):
     cb = MovementCallback(60, context='local', schedule=Schedule(sched_lin, end=.75))
     learn, inner = fit_of(make, cb)

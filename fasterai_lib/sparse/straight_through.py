@@ -23,9 +23,9 @@ class StraightThroughCallback(SparsifyCallback, TidyCallback):
         sparsity: 'float | list | dict', # In percent: one, a list with one per layer, or a dict by layer name or glob
         granularity: 'str | Tile | dict', # What is masked together: a name in `Granularities`, a `Tile`, or a dict from layer type to either
         context: str, # Which units compete: `'local'`, `'global'`, `'per_row'` or `'n:m'`
-        criteria: 'str | Criteria', # Which are masked
+        criteria: 'str | Criteria', # Which are masked; one that looks at data makes a pass over the batch at each choice
         schedule: 'str | Schedule', # How the sparsity grows: a `Schedule`, its name, or any fastai annealer
-        every: int = 1, # Batches from one choice of masks to the next
+        every: int = 1, # Batches from one choice of masks to the next; the sparsity follows its schedule at this pace
         **kwargs # `layer_type`, `model`, `round_to`, `masks`, `exclude`, `frozen`, `min_kept` and `max_sparsity` of `SparsifyCallback`
     ):
         known = ('layer_type', 'model', 'round_to', 'masks', 'exclude', 'frozen', 'min_kept', 'max_sparsity')
@@ -41,7 +41,7 @@ class StraightThroughCallback(SparsifyCallback, TidyCallback):
     def choose(self, asked: dict # Layer name to percent
         ) -> Masks:
         "The masks of this batch"
-        return self.sparsifier.decide(asked, self.round_to)
+        return self._decide(asked)
 
     def outer(self, name: str, w: torch.Tensor # A dense weight
         ) -> torch.Tensor: # Of the same shape
@@ -109,7 +109,7 @@ class StraightThroughCallback(SparsifyCallback, TidyCallback):
         asked = self._asked((t + 1)/steps)
         self.history.append(sum(asked[n]*w for n, w in self.weights.items())/self.n_weights)
         counts = self._counts(asked)
-        if not self.chosen or t % self.period == 0 or counts != self.last:
+        if not self.chosen or t % self.period == 0 or (t >= self.last_move and counts != self.last): # the target is not late
             self.masks, self.last, self.chosen = self.choose(asked), counts, True
             if self.sparsifier.criteria.needs_update: self.sparsifier.remember()
         self._show()
@@ -160,6 +160,6 @@ class StraightThroughCallback(SparsifyCallback, TidyCallback):
         if self._validating or self._searching or not self.chosen: return
         self.undo()
         self._show() # for good
-        self.inner, self.chosen = {}, False
+        self.inner, self.chosen, self.loop = {}, False, None
 
     def undo(self): self._abandon(); self._hide()
