@@ -152,3 +152,17 @@ def test_removal_goes_by_the_gradients_of_the_loop():
     keep = score.argsort()[3:].sort().values
     step = model2[3].weight[keep].detach()
     assert model[3].weight.shape == step.shape and (model[3].weight.detach() - step).abs().max() < .1*step.abs().max() # one step of training later
+
+def test_the_scale_of_mixed_precision_is_taken_out():
+    from types import SimpleNamespace
+    from fastai.callback.fp16 import MixedPrecision
+    from fasterai_lib.core.loop import LoopStatistics
+    from fasterai_lib.sparse.sparsify_callback import _loss_scale
+    learn = SimpleNamespace(cbs=[MixedPrecision()], scaler=torch.amp.GradScaler('cpu', init_scale=8.), loss=torch.tensor(0.)) # another callback may have added to loss_grad
+    assert _loss_scale(learn) == 8 and _loss_scale(SimpleNamespace(cbs=[])) is None
+    layer = nn.Linear(3, 1)
+    seen = LoopStatistics(criteria['gradient'], layer, {'weight': layer.weight})
+    for g in (torch.tensor([[8., 16, -8]]), torch.full((1, 3), math.inf)): # the second overflows
+        layer.weight.grad = g
+        seen.gradients(torch.tensor(8.))
+    assert seen.result()['weight'].tolist() == [[.5, 1, -.5]]

@@ -42,7 +42,7 @@ def _masked(x, mask, shape): # x with zeros where the mask has them: in place, b
     return x
 
 def _loss_scale(learn): # what mixed precision multiplies the loss with
-    return (learn.loss_grad/learn.loss).detach() if any(isinstance(cb, MixedPrecision) for cb in learn.cbs) else None
+    return learn.scaler.scale(torch.ones((), device=learn.loss.device)) if any(isinstance(cb, MixedPrecision) for cb in learn.cbs) else None
 
 class MaskCallback(Callback):
     "Keep masked weights at zero during training"
