@@ -21,10 +21,13 @@ class Rows:
     "Rows of a file, one JSON object a line: what is there is not measured again"
     def __init__(self, path):
         self.path, self.rows = path, {}
-        if path and path.exists(): self.rows = {json.dumps(r['key']): r['value'] for r in map(json.loads, path.read_text().splitlines())}
+        if path and path.exists(): self.rows = {self.name(r['key']): r['value'] for r in map(json.loads, path.read_text().splitlines())}
+
+    @staticmethod
+    def name(key): return json.dumps([int(k) if isinstance(k, float) and k == int(k) else k for k in key])
 
     def __call__(self, key, measure):
-        name = json.dumps(key)
+        name = self.name(key)
         if name not in self.rows:
             try: value = measure()
             except Exception as e: value = dict(error=f'{type(e).__name__}: {e}'[:150])
@@ -78,6 +81,35 @@ def fasterai_sparse(dense, data, lib, criteria, context='global', granularity='w
     return at
 
 
+def moved(dense, data, epochs=2, rate=.003):
+    """Movement of the scores with the weights as they are (Sanh et al., 2020; Ramanujan et al., 2020): magnitude, plus -w·g of the pruned net, batch after batch.
+    The gradient is that of the weight as it would be if kept, for those that are not kept too. BatchNorm takes the statistics of the batch."""
+    names = [f'{n}.weight' for n, m in dense.named_modules() if isinstance(m, DENSE_TYPES)]
+    weights = [dense.get_parameter(n).detach() for n in names]
+
+    def at(percent):
+        scores, total = [w.abs() for w in weights], sum(w.numel() for w in weights)
+        def lowest():
+            edge = torch.cat([s.flatten() for s in scores]).kthvalue(round(total*percent/100)).values
+            return edge, [s > edge for s in scores]
+        (unit, keep), size = lowest(), None
+        net = copy.deepcopy(dense).train()
+        params = [net.get_parameter(n) for n in names]
+        for x, y in list(data)*epochs:
+            with torch.no_grad():
+                for p, w, k in zip(params, weights, keep): p.copy_(w*k)
+            movement = [-w*g for w, g in zip(weights, torch.autograd.grad(F.cross_entropy(net(x), y), params))]
+            mean = sum(m.abs().sum() for m in movement)/total
+            size = mean if size is None else .9*size + .1*mean
+            scores = [s + rate*unit*m/size for s, m in zip(scores, movement)]
+            keep = lowest()[1]
+        model = copy.deepcopy(dense)
+        with torch.no_grad():
+            for n, k in zip(names, keep): model.get_parameter(n).mul_(k)
+        return model
+    return at
+
+
 def from_name(text): # 'wanda, per_row': a criterion and a context
     name, _, context = text.partition(', ')
     return lambda dense, data: masked(dense, data, made_criteria().get(name, name), context or 'global')
@@ -99,6 +131,7 @@ WEIGHTS = ['large_final', 'large_final, local', 'layer_magnitude', 'lamp', 'rand
 
 def unstructured():
     made = {('ours', name): from_name(name) for name in WEIGHTS}
+    made['ours', 'large_final, moved'] = moved
     made['torch.nn.utils.prune', 'L1, global'] = torch_global
     if peer := optional('fasterai.sparse.all'):
         for name, context in (('large_final', 'global'), ('large_final', 'local'), ('random', 'global')):
@@ -257,7 +290,7 @@ def cost(args, rows):
     def measure(f):
         f() # kernels and caches
         seconds = []
-        for _ in range(1 if args.quick else 3):
+        for _ in range(1 if args.quick else args.repeats):
             settle()
             before, start = status('VmRSS'), time.process_time()
             Path('/proc/self/clear_refs').write_text('5') # forget the peak so far
@@ -289,6 +322,7 @@ def main():
     parser.add_argument('--no-plain', dest='plain', action='store_false', help='only with BatchNorm statistics measured again')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--epochs', type=int, help='at initialisation')
+    parser.add_argument('--repeats', type=int, default=3, help='of each cost')
     parser.add_argument('--quick', action='store_true', help='resnet20, 200 images, one percentage; digits, two seeds; 64 images')
     parser.add_argument('--out', type=Path, help='a file of rows, resumed when it exists')
     args = parser.parse_args()
