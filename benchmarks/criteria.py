@@ -43,13 +43,10 @@ class Rows:
 # name -> function(dense, data) that returns function(percent) -> model; statistics are gathered once for all percentages
 
 def recalibrated(model, data):
-    "BatchNorm statistics measured again: the mean over the batches of what the pruned model sees"
-    model.train()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d): m.momentum = m.reset_running_stats()  # None: the mean over batches
-    with torch.no_grad():
-        for x, _ in data: model(x)
-    return model.eval()
+    "BatchNorm statistics measured again"
+    from fasterai_lib.sparse.recalibrate import recalibrate
+    recalibrate(model, data)
+    return model
 
 
 def masked(dense, data, criteria, context='global', granularity='weight', types=DENSE_TYPES, **kwargs):
