@@ -30,9 +30,22 @@ for cbs in [accuracy.TorchPrune(90)], [lib.SparsifyCallback(90, 'weight', 'globa
     score, zeros = accuracy.train(data, cbs, 0)
     assert 0 <= score <= 100 and zeros == common.asked_zeros(accuracy.net(), 90, 'global'), zeros
 ''',
+    'criteria': '''
+(x, y), (x_test, y_test), _ = criteria.accuracy.digits(None)
+net, data = criteria.mlp(64), [(x[:40], y[:40]), (x[40:64], y[40:64])]
+for name in 'wanda, per_row', 'lamp', 'obd / layer':
+    sparse = criteria.from_name(name)(net, data)(80)
+    assert common.zeros(sparse) == common.asked_zeros(net, 80, 'local' if 'row' in name else 'global'), name
+assert 0 <= criteria.trained_sparse(net, None, (x[:128], y[:128]), 1, 0, (x_test[:50], y_test[:50])) <= 100
+rows = criteria.Rows(Path(tempfile.mkdtemp())/'rows.jsonl')
+assert rows(['a'], lambda: [1]) == criteria.Rows(rows.path)(['a'], lambda: [2]) == [1] and 'error' in rows(['b'], lambda: 1/0)
+sys.argv[1:] = ['nowhere', '--parts', 'oneshot']
+criteria.main()
+''',
 }
 COMMON = '''
-import sys; sys.path.insert(0, sys.argv[1])
+import sys, tempfile; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
 import torch.nn as nn, common, fasterai_lib.all as lib, {name}
 def tiny(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(6, 6))
 '''

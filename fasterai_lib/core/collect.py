@@ -39,6 +39,8 @@ class Collector:
     def reset(self):
         "Forget what was seen"
         self.n, self.sums = 0, {}
+    passes, once = 1, False # over the data; is one batch enough?
+    unseen = 'the batches never reach this weight'
     def knows(self, name): return True # can it say anything about this weight?
     def watching(self): # what must be active while the model runs
         return contextlib.nullcontext()
@@ -60,7 +62,7 @@ class Collector:
     def result(self) -> dict: # Name to statistic, of the shape of the weight
         "The statistics so far"
         missing = [n for n in self.params if n not in self.sums]
-        if missing and not self.partial: raise ValueError(f"{missing[0]}: the batches never reach this weight{f' (nor {len(missing) - 1} more)' if missing[1:] else ''}, so {self.criteria} cannot judge it; leave it out, or give data that uses it")
+        if missing and not self.partial: raise ValueError(f"{missing[0]}: {self.unseen}{f' (nor {len(missing) - 1} more)' if missing[1:] else ''}, so {self.criteria} cannot judge it; leave it out, or give data that uses it")
         out = {n: self.spread(n) for n in self.params if n in self.sums}
         for n, s in out.items():
             if not torch.isfinite(s).all(): raise ValueError(f"{n}: {self.criteria.needs} of this weight are NaN or infinite: look for NaN in the data, or for a loss that overflows")
@@ -83,19 +85,28 @@ class _Gradients(Collector, needs='grad'):
 
     def take(self, b, value):
         for (n, p), g in zip(self.params.items(), torch.autograd.grad(value, list(self.params.values()), allow_unused=True)):
-            if g is not None: self.add(n, self.criteria.gather(p.detach(), g), b.size)
+            if g is not None: self.add(n, self.criteria.gather(_wide(p.detach()), _wide(g)), b.size)
 
     def add_grads(self, scale=None): # in a training loop: what backward has left; an overflow of mixed precision counts as nothing
         for name, p in self.params.items():
             if p.grad is None: continue
             g = p.grad.to_dense() if p.grad.is_sparse else p.grad
-            self.add(name, self.criteria.gather(p.detach(), g if scale is None else torch.nan_to_num(g.float()/scale, 0., 0., 0.)), 1)
+            self.add(name, self.criteria.gather(_wide(p.detach()), _wide(g) if scale is None else torch.nan_to_num(g.float()/scale, 0., 0., 0.)), 1)
         self.n += 1
 
 class _Losses(_Gradients, needs='loss'):
-    "`gather(loss, weights)`, one tensor per weight, is averaged"
+    "`gather(loss, weights, gradients)`, one tensor per weight, is averaged; the gradients are the means over all the data, of a pass before"
+    passes, means = 2, None
+    def again(self): self.means, self.sums, self.n = {n: self.mean(n) for n in self.sums}, {}, 0
+
     def take(self, b, value):
-        for n, s in zip(self.params, self.criteria.gather(value, list(self.params.values()))): self.add(n, s, b.size)
+        weights = self.params if self.means is None else {n: self.params[n] for n in self.means}
+        found = (torch.autograd.grad(value, list(weights.values()), allow_unused=True) if self.means is None else
+                 self.criteria.gather(value, list(weights.values()), list(self.means.values())))
+        for n, s in zip(weights, found):
+            if s is not None: self.add(n, s, b.size)
+
+def _wide(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x # squares of small numbers are zero in float16
 
 @contextlib.contextmanager
 def trainable(params):
@@ -107,7 +118,7 @@ def trainable(params):
         for p in frozen: p.requires_grad_(False)
 
 # %% ../../nbs/core/collect.ipynb #050df194
-_embeddings = (nn.Embedding, nn.EmbeddingBag)
+_unseen = (nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.RNNBase, nn.RNNCellBase) # a table has no channels; the others keep what happens inside to themselves
 
 class _Activations(Collector):
     side, listens = 'on_input', True
@@ -116,34 +127,39 @@ class _Activations(Collector):
         self.owners = {n: self.model.get_submodule(n.rpartition('.')[0]) for n in self.params}
         self.counts, self.axes = {}, {}
         for n, m in self.owners.items():
-            if not self.knows(n): raise ValueError(f"{n}: {self.criteria} looks at activations, and does not know the axes of this weight of a {type(m).__name__}; leave the layer out")
+            if not self.knows(n): raise ValueError(f"{n}: {self.criteria} looks at activations, and sees none for this weight of a {type(m).__name__}; leave the layer out")
             self.axes[n] = parse_axes(Granularities.kind(m).patterns(m)[n.rpartition('.')[2]])
         self.watch = Watch(self.params, **{self.side: self.see})
 
     def knows(self, name):
         m = self.model.get_submodule(name.rpartition('.')[0])
-        return not isinstance(m, _embeddings) and (k := Granularities.kind(m)) is not None and name.rpartition('.')[2] in k.patterns(m)
+        return not isinstance(m, _unseen) and (k := Granularities.kind(m)) is not None and name.rpartition('.')[2] in k.patterns(m)
 
     def watching(self): return self.watch
 
     def see(self, name, x):
+        seen = [self.one(name, t) for t in (x if isinstance(x, tuple) else (x,))]
+        if name.rpartition('.')[2] == 'in_proj_weight': seen = seen*(3//len(seen)) # of query, key and value
+        self.add(name, torch.cat([v*n for v, n in seen]), 1)
+        self.counts[name] = self.counts.get(name, 0) + torch.tensor([[n] for _, n in seen], dtype=torch.float64, device=seen[0][0].device)
+
+    def one(self, name, x): # mean per channel, and of how many values
         m = self.owners[name]
         conv = isinstance(m, nn.modules.conv._ConvNd)
         x = x.detach()
         if conv: x = self.positions(x if x.ndim == self.params[name].ndim else x.unsqueeze(0))
         else: x = x.reshape(-1, x.shape[-2] if x.ndim > 2 else 1, x.shape[-1]).transpose(1, 2)
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        n = len(x)*x[0, 0].numel() # every position counts the same, whatever batch or sequence it is in
-        self.add(name, self.gathered(x).double().mean(0), n)
-        self.counts[name] = self.counts.get(name, 0) + n
+        x = _wide(x)
+        return self.gathered(x).double().mean(0) + 0*x.sum(), len(x)*x[0, 0].numel() # every position counts the same, whatever batch or sequence it is in; NaN stays NaN
 
     def reset(self): super().reset(); self.counts = {}
     def positions(self, x): return x.flatten(2)
     def gathered(self, x): return self.criteria.gather(x)
-    def mean(self, name): return self.sums[name]/self.counts[name]
+    def mean(self, name): return self.sums[name].view(len(self.counts[name]), -1)/self.counts[name] # [parts, channels]
 
     def spread(self, name): # values per channel, to the axes of the weight that carry it
         w, v, owner, want = self.params[name], self.mean(name).float(), self.owners[name], 'i' if self.side == 'on_input' else 'o'
+        if len(v) > 1: return v.repeat_interleave(w.shape[0]//len(v), 0)
         d = next(i for i, (n, fs) in enumerate(self.axes[name]) if want in (n, *fs))
         groups = getattr(owner, 'groups', 1)
         if groups == 1 or len(self.axes[name][d][1]) > 1: return v.reshape([-1 if i == d else 1 for i in range(w.ndim)]).expand_as(w) # the axis holds all channels
@@ -156,6 +172,7 @@ class _Inputs(_Activations, needs='inputs'):
 class _Outputs(_Activations, needs='outputs'):
     "`gather(z)` of what a layer gives after norm and activation, z as [samples, units, positions], is averaged per unit"
     side = 'on_output'
+    def knows(self, name): return super().knows(name) and name.rpartition('.')[2] == 'weight' # not the first projections of attention
 
 class _Maps(_Outputs, needs='maps'):
     "The same with z as [samples, units, height, width]; one column where there is no space"
@@ -164,34 +181,37 @@ class _Maps(_Outputs, needs='maps'):
 
 class _Scales(_Outputs, needs='norm'):
     "The scale of the norm that follows a layer, per unit"
-    side = 'on_norm'
+    side, unseen = 'on_norm', 'no norm with a scale follows this layer in the batches'
     def see(self, name, scale):
-        self.sums[name], self.counts[name] = scale.detach().double(), 1
+        self.sums[name], self.counts[name] = scale.detach().double(), torch.ones(1, 1, device=scale.device)
 
 # %% ../../nbs/core/collect.ipynb #3fb9a333
 class _Signal(Collector, needs='signal'):
+    once = True # only the shape of the input counts
     def batch(self, b, loss):
-        saved = [(p, p.data) for p in self.model.parameters()]
-        kept = [(t, t.data) for t in self.model.buffers() if t is not None]
+        saved = [(n, p, p.data) for n, p in self.model.named_parameters()]
+        kept = [(n, t, t.data) for n, t in self.model.named_buffers() if t is not None]
+        alone = lambda n, t: torch.zeros_like(t) if n.endswith(('bias', 'running_mean')) else t # what is added past the early layers would starve them
         wide = lambda t: t.double() if t.is_floating_point() else t
         ones = lambda t: torch.ones_like(t[:1], dtype=torch.float64) if isinstance(t, torch.Tensor) and t.is_floating_point() else t[:1] if isinstance(t, torch.Tensor) else t
         inputs = {k: ones(t) for k, t in b.inputs.items()} if isinstance(b.inputs, dict) else tuple(map(ones, b.inputs))
         try:
-            for p, d in saved: p.data = wide(d.abs()) if d.is_floating_point() else d
-            for t, d in kept: t.data = wide(d)
+            for n, p, d in saved: p.data = wide(alone(n, d).abs()) if d.is_floating_point() else d
+            for n, t, d in kept: t.data = wide(alone(n, d))
             with torch.enable_grad(), trainable(self.params.values()):
                 out = Batch(inputs).run(self.model)
                 total = sum(t.sum() for t in _floats(out))
+                if not isinstance(total, torch.Tensor) or not total.requires_grad: raise ValueError(f"the model's output ({type(out).__name__}) holds no numbers that depend on the weights by a gradient")
                 grads = torch.autograd.grad(total, list(self.params.values()), allow_unused=True)
         finally:
-            for t, d in saved + kept: t.data = d
+            for _, t, d in saved + kept: t.data = d
         for (n, p), g in zip(self.params.items(), grads):
-            if g is not None: self.add(n, g.to(p.dtype), 1)
-        self.n += 1
+            if g is not None: self.sums[n] = g # in float64: beyond what float32 can hold
+        self.n = 1
 
 def _floats(x): # tensors in what a model returns
     if isinstance(x, torch.Tensor): return [x] if x.is_floating_point() else []
-    if isinstance(x, dict): return [t for v in x.values() for t in _floats(v)]
+    if isinstance(x, dict) or hasattr(x, '__dict__'): return [t for k, v in (x if isinstance(x, dict) else vars(x)).items() if k != 'loss' for t in _floats(v)]
     return [t for v in x for t in _floats(v)] if isinstance(x, (tuple, list)) else []
 
 # %% ../../nbs/core/collect.ipynb #145d4214
@@ -207,5 +227,9 @@ def collect(
     if criteria.needs not in collectors: raise ValueError(f"{criteria} needs {criteria.needs!r}; {suggest(criteria.needs, list(collectors))}")
     device, c = next(iter(params.values())).device, collectors[criteria.needs](criteria, params, model, partial)
     with untouched(model):
-        for b in tqdm(batches(data, device), desc=criteria.name, delay=5, leave=False): c.batch(b, loss)
+        for k in range(c.passes):
+            if k: c.again()
+            for b in tqdm(batches(data, device), desc=criteria.name, delay=5, leave=False):
+                c.batch(b, loss)
+                if c.once: break
     return c.result()

@@ -22,11 +22,12 @@ def _sum(x, dims, keepdim=False): return x.sum(dims, keepdim)
 def _norm(x, dims, keepdim=False): return torch.linalg.vector_norm(x, 2, dims, keepdim)
 reducers = dict(mean=_mean, sum=_sum, max=torch.amax, min=torch.amin, l2=_norm)
 
-def _by_sum(s): return s/s.sum()
-def _by_mean(s): return s/s.mean()
-def _by_max(s): return s/s.max()
-def _standardization(s): return (s - s.min())/(s.max() - s.min())
-def _gaussian(s): return (s - s.mean())/s.std(correction=0)
+def _over(s, by): return s/torch.where(by == 0, torch.ones_like(by), by) # a layer whose weights are all zero scores zero
+def _by_sum(s): return _over(s, s.sum())
+def _by_mean(s): return _over(s, s.mean())
+def _by_max(s): return _over(s, s.max())
+def _standardization(s): return _over(s - s.min(), s.max() - s.min())
+def _gaussian(s): return _over(s - s.mean(), s.std(correction=0))
 normalizers = dict(sum=_by_sum, mean=_by_mean, max=_by_max, standardization=_standardization, gaussian=_gaussian)
 
 def _pick(value, table, what): # a function from its name

@@ -28,13 +28,13 @@ def _mean_square(x): return x.square().mean(2)
 def _active(z): return (z > 0).float().mean(2)
 def _mean_abs(z): return z.abs().mean(2)
 
-def _curvature(loss, weights): # Hg, the derivative of |g|²/2
+def _curvature(loss, weights, gradients): # Hg, the derivative of g·(the gradient of all the data)
     gs = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
-    norm = sum(g.square().sum() for g in gs if g is not None)/2
-    hs = torch.autograd.grad(norm, weights, allow_unused=True)
+    along = sum((g*m).sum() for g, m in zip(gs, gradients) if g is not None)
+    hs = torch.autograd.grad(along, weights, allow_unused=True) if along.requires_grad else [None]*len(weights)
     return [h if h is not None else torch.zeros_like(w) for h, w in zip(hs, weights)]
 
-def _rank(z): return torch.linalg.matrix_rank(z).float() # of each map: z is [samples, units, height, width]
+def _rank(z): return torch.linalg.matrix_rank(torch.nan_to_num(z)).float() # of each map: z is [samples, units, height, width]
 
 criteria.update({name: Criteria(f, name=name, **kw) for name, f, kw in (
     ('gradient', torch.abs, dict(needs='grad', gather=_gradient, return_init=True)),

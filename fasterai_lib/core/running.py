@@ -7,10 +7,12 @@ __all__ = ['call_model', 'caches', 'untouched', 'Batch', 'batches']
 
 # %% ../../nbs/core/running.ipynb #dedd5cbf
 import contextlib
+import random
 from operator import is_
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -44,6 +46,7 @@ def untouched(
     modes, kept = [m.training for m in modules], [c for m in modules for c in caches(m)]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if b is not None]
     state = [(d, dict(d)) for d in [*(d for m in modules for d in (m.__dict__, m._buffers)), *kept]]
+    others = random.getstate(), np.random.get_state() # data may be drawn with them
     try:
         for cache in kept: cache.clear()
         with torch.random.fork_rng([d.index for d in devices]), torch.no_grad():
@@ -54,6 +57,7 @@ def untouched(
                     if isinstance(m, _norms): m.training = False # a batch of one example is enough for them
             yield model
     finally:
+        random.setstate(others[0]); np.random.set_state(others[1])
         for m, training in zip(modules, modes):
             if m.training != training: m.training = training
         for d, old in state: # also caches that the run has made or filled
@@ -132,4 +136,4 @@ def batches(
         elif isinstance(b, torch.Tensor): yield Batch((b,))
         elif isinstance(b, tuple) and b: k = n_inp or max(len(b) - 1, 1); yield Batch(b[:k], b[k:])
         else: raise TypeError(f"data: batch {n} is a {type(b).__name__}; a batch is a tensor, a tuple of inputs and targets, or a dict")
-    if not n: raise ValueError("data holds no batch")
+    if not n: raise ValueError("data holds no batch" + (": an iterator gives its batches once; pass a list or a DataLoader" if iter(data) is data else ''))

@@ -26,7 +26,7 @@ class Watch(TorchFunctionMode):
     "While it is active, every use of the watched weights is reported, and outputs may be replaced"
     def __init__(self,
         params: dict, # Name to weight
-        on_input: Callable = None, # `f(name, x)`, with the input of the layer: channels are axis 1 for convolutions, the last for linear layers; indices for embeddings
+        on_input: Callable = None, # `f(name, x)`, with the input of the layer: channels are axis 1 for convolutions, the last for linear layers; indices for embeddings; query, key and value of attention's joint projection, where they differ
         on_output: Callable = None, # `f(name, z)`, with the output after norm and activation; what it returns, unless None, goes on in place of `z`
         on_norm: Callable = None, # `f(name, scale)`, with the weight of the norm that follows
         after: bool = True, # Outputs after norm and activation, or straight from the layer?
@@ -94,10 +94,11 @@ class Watch(TorchFunctionMode):
     _args = ('query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_proj_weight', 'in_proj_bias', 'bias_k', 'bias_v', 'add_zero_attn', 'dropout_p', 'out_proj_weight', 'out_proj_bias')
     def _attention(self, args, kwargs): # its projections are hidden inside: the first are fed what it is fed, and the last is left to us
         kw = {**dict(zip(self._args, args)), **kwargs}
-        for w, x in (('in_proj_weight', 'query'), ('q_proj_weight', 'query'), ('k_proj_weight', 'key'), ('v_proj_weight', 'value')):
+        q, k, v = kw['query'], kw['key'], kw['value']
+        for w, x in (('in_proj_weight', q if q is k and q is v else (q, k, v)), ('q_proj_weight', q), ('k_proj_weight', k), ('v_proj_weight', v)):
             if (name := self.names.get(id(kw.get(w)))) is not None:
                 self.seen.add(name)
-                if self.on_input: self.on_input(name, kw[x])
+                if self.on_input: self.on_input(name, x)
         name = self.names.get(id(kw['out_proj_weight']))
         if name is None: return F.multi_head_attention_forward(**kw)
         w, b = kw['out_proj_weight'], kw['out_proj_bias']

@@ -136,7 +136,7 @@ class Sparsifier:
         return self._decide(targets, round_to)
 
     def _by_data(self, targets, round_to): # in several rounds, where the criterion wants it: what is zero in one changes the statistics of the next
-        weights, masks = [(p, p.data.clone()) for p in self.params.values()] if self.criteria.rounds > 1 else [], self.masks
+        saved, masks = {}, self.masks
         before = {n: self._sparsity(n) for n in targets}
         try:
             for k in range(1, self.criteria.rounds + 1):
@@ -145,10 +145,11 @@ class Sparsifier:
                 found = self._decide(step, round_to if k == self.criteria.rounds else None)
                 if k == self.criteria.rounds: return found
                 self.masks = found
+                for n, p in found.params(self.model).items(): saved.setdefault(n, (p, p.data.clone())) # biases too
                 found.apply(self.model)
         finally:
             self.masks = masks
-            for p, w in weights: p.data.copy_(w)
+            for p, w in saved.values(): p.data.copy_(w)
 
     def _sparsity(self, n): # in percent, that the masks remove now; of all layers together in global
         us = [u for m in self.layers for u in self.layers[m] if m == n or self.context.name == 'global']
