@@ -20,9 +20,9 @@ def masked(model, percent, data, positions): magnitude(model, percent).apply(mod
 def recalibrated(model, percent, data, positions):
     masked(model, percent, data, positions)
     recalibrate(model, data)
-def fitted(model, percent, data, positions): reconstruct(model, magnitude(model, percent), data, positions=positions)
-def gpt(model, percent, data, positions): sparsegpt(model, by_layer(magnitude(model, percent)), data, layer_type=nn.Conv2d, dense=True, positions=positions)
-def surgeon(model, percent, data, positions): obc(model, by_layer(magnitude(model, percent)), data, layer_type=nn.Conv2d, rounds=4, positions=positions)
+def fitted(model, percent, data, positions): reconstruct(model, magnitude(model, percent), data, layers='*', positions=positions)
+def gpt(model, percent, data, positions): sparsegpt(model, {**by_layer(magnitude(model, percent)), 'linear': 0}, data, dense=True, positions=positions)
+def surgeon(model, percent, data, positions): obc(model, {**by_layer(magnitude(model, percent)), 'linear': 0}, data, rounds=4, positions=positions)
 
 
 METHODS = {'global magnitude': masked, '+ recalibrate': recalibrated, '+ reconstruct': fitted, 'sparsegpt': gpt, 'obc, 4 rounds': surgeon}
@@ -74,7 +74,7 @@ def main():
                     note(f'reconstruct: {net}, {percent:g} %, {name}, seed {seed}: {got[-1]}')
                 scores, zeros, seconds = zip(*got)
                 lines.append([net, f'{percent:g}', name, f'{statistics.mean(zeros):.2f}', mean_sd(scores), f'{statistics.mean(scores) - dense:+.2f}', f'{statistics.median(seconds):.0f}'])
-    print(f'''## Without retraining\n\n{__doc__}\n\nAll convolutions of the network, {sum(map(len, data[0]))} training images to calibrate on, {args.positions} positions of each to
+    print(f'''## Without retraining\n\n{__doc__}\n\nAll convolutions of the network (the last linear layer is fitted, but keeps all of its weights), {sum(map(len, data[0]))} training images to calibrate on, {args.positions} positions of each to
 fit on, no labels; {args.seeds} seed(s), each with other images. Judged on {len(test[1])} {'training images that calibrated nothing' if args.held_out else 'test images'}. Each layer has the share of weights
 that one global ranking by magnitude leaves it.\n''')
     print(table(HEADERS, lines))
