@@ -155,11 +155,13 @@ class _Activations(Collector):
     def reset(self): super().reset(); self.counts = {}
     def positions(self, x): return x.flatten(2)
     def gathered(self, x): return self.criteria.gather(x)
-    def mean(self, name): return self.sums[name].view(len(self.counts[name]), -1)/self.counts[name] # [parts, channels]
+    def mean(self, name): # [channels], or [query key value, channels]
+        v = self.sums[name].view(len(self.counts[name]), -1)/self.counts[name]
+        return v[0] if len(v) == 1 else v
 
     def spread(self, name): # values per channel, to the axes of the weight that carry it
         w, v, owner, want = self.params[name], self.mean(name).float(), self.owners[name], 'i' if self.side == 'on_input' else 'o'
-        if len(v) > 1: return v.repeat_interleave(w.shape[0]//len(v), 0)
+        if v.ndim > 1: return v.repeat_interleave(w.shape[0]//len(v), 0)
         d = next(i for i, (n, fs) in enumerate(self.axes[name]) if want in (n, *fs))
         groups = getattr(owner, 'groups', 1)
         if groups == 1 or len(self.axes[name][d][1]) > 1: return v.reshape([-1 if i == d else 1 for i in range(w.ndim)]).expand_as(w) # the axis holds all channels
