@@ -511,3 +511,9 @@ def test_normalised_layers_may_be_all_zero():
     for name in ('layer_magnitude', 'lamp'):
         masks = Sparsifier(net, 'weight', 'global', name, layer_type=nn.Linear, min_kept=0).plan(50)
         assert not masks['a.weight'].keep.any() and masks['b.weight'].keep.all()
+
+def test_out_of_memory_says_what_to_do():
+    def full(x): raise torch.OutOfMemoryError('no room')
+    layer = nn.Linear(3, 2)
+    with pytest.raises(torch.OutOfMemoryError, match='batch of 5 samples; give smaller batches'):
+        collect(Criteria(torch.abs, needs='inputs', gather=full, return_init=True, name='full'), layer, {'weight': layer.weight}, torch.ones(5, 3))

@@ -222,6 +222,7 @@ def attribute(
 
 # %% ../../nbs/core/attribution.ipynb #b9446715
 class _Attributions(collectors['outputs'], needs='attribution'): # `gather(model, layer, data, loss)`, one value per output unit
+    listens = False # in a training loop it makes its own passes over a batch
     def __init__(self, *args):
         super().__init__(*args)
         self.data = []

@@ -232,6 +232,7 @@ def collect(
         for k in range(c.passes):
             if k: c.again()
             for b in tqdm(batches(data, device), desc=criteria.name, delay=5, leave=False):
-                c.batch(b, loss)
+                try: c.batch(b, loss)
+                except torch.OutOfMemoryError as e: raise torch.OutOfMemoryError(f"{criteria}: out of memory on a batch of {b.size} samples; give smaller batches, the result does not depend on their size") from e
                 if c.once: break
     return c.result()

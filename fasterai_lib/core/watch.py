@@ -39,7 +39,7 @@ class Watch(TorchFunctionMode):
         super().__exit__(*exc)
         if exc[0] is None: # what nothing has used is an output of the model
             for i in list(self.open): self._report(i)
-        else: self.open.clear()
+        self.open.clear(); self.swapped.clear()
 
     def returned(self,
         out, # What the model returned, still under watch
