@@ -956,6 +956,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fasterai_lib/prune/rules.py'),
                                           'fasterai_lib.prune.rules.Flow.merge': ( 'prune/rules.html#flow.merge',
                                                                                    'fasterai_lib/prune/rules.py'),
+                                          'fasterai_lib.prune.rules.Flow.multiple': ( 'prune/rules.html#flow.multiple',
+                                                                                      'fasterai_lib/prune/rules.py'),
                                           'fasterai_lib.prune.rules.Flow.needed': ( 'prune/rules.html#flow.needed',
                                                                                     'fasterai_lib/prune/rules.py'),
                                           'fasterai_lib.prune.rules.Flow.of': ('prune/rules.html#flow.of', 'fasterai_lib/prune/rules.py'),

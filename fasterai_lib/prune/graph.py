@@ -32,6 +32,7 @@ class Group:
         members: list, # Of (parameter or buffer, axis, indices [units, slices]) in the model as it was at first
     ):
         self.graph, self.roots, self.members = graph, roots, members
+        self.multiple = 1 # units that remain are a multiple of this
 
     @property
     def alive(self): return self.graph.alive[self.roots] # one boolean per unit
@@ -85,7 +86,7 @@ class UnitGraph:
         self.replaced = {n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)} # their forward is another one when they shrink
         lines = [{op.line for op in rec.ops if op.name not in _noise} for rec in records]
         self.differs = len(records) > 1 and not lines[1] <= lines[0] # does training run other code?
-        self.alive, self.ignored = None, ignored
+        self.alive, self.ignored, self.blamed = None, ignored, {}
         find_folds(records, model)
         self.solve()
 
@@ -147,6 +148,9 @@ class UnitGraph:
             w, idx = which[at[0]], index[at]
             members = [(axes[k][0], axes[k][1], idx[:, w == k]) for k in dict.fromkeys(w.tolist())]
             if any(n in self.trainable for n, _, _ in members): out.append(Group(self, root[at[:, 0]], members))
+        for labels, k in self.flow.multiples: # a unit may have several indices of the axis
+            has = np.bincount(self.flow.atoms.find(labels), minlength=self.flow.atoms.n)
+            for g in out: g.multiple = math.lcm(g.multiple, k//math.gcd(k, *has[g.roots].tolist()))
         out.sort(key=lambda g: g.roots.min())
         count = {}
         for g in out: # a layer may have units of several kinds
@@ -195,8 +199,10 @@ class UnitGraph:
         reason: tuple, # (text, operator, names of the running modules, line)
     ):
         "Never remove what these labels name; what that leaves open is decided anew"
+        was = self.flow.atoms.find(np.arange(len(self.alive)))
         self.pins.append((labels[self.living(self.flow.atoms.find(labels))], reason)) # what is gone is gone
         self.solve()
+        self.blamed.update(dict.fromkeys(np.flatnonzero((was > 0) & (self.flow.atoms.find(np.arange(len(was))) == 0)).tolist(), reason)) # atom to what holds it since
 
     def to_plan(self,
         alive: np.ndarray, # One boolean per atom: does it stay?
@@ -236,20 +242,21 @@ class UnitGraph:
             if g is None: return f"output {channel} of {layer} could go, but no layer makes it"
             u = int(np.flatnonzero(g.roots == root)[0])
             return f"output {channel} of {layer} is unit {u} of group {g.name}; with it go " + ', '.join(f"{n}[{a}] {i[u].tolist() if len(i[u]) < 9 else f'{len(i[u])} indices'}" for n, a, i in g.members)
-        path = self.flow.atoms.path_to_pin(atom)
+        path, last = self.flow.atoms.path_to_pin(atom), self.blamed.get(int(atom))
+        if last and last not in path: path.append(last)
         told = [f"  {reason} ({op + ' in ' if op else ''}{'.'.join([s for s in stack if s][-1:]) or type(self.model).__name__}{_at(line)})" for reason, op, stack, line in path]
         return '\n'.join([f"output {channel} of {layer} stays:", *told])
 
-    def reasons(self) -> pd.Series: # Layer to reason
+    def reasons(self) -> pd.Series: # Layer to reason; a layer with several has several rows
         "Why layers that make channels stay whole"
-        out = {}
+        out = {} # as a set, in order
         for n, axes in self.params.items():
             if n in self.trainable and len(self.shapes[n]) > 1:
                 for a in axes:
                     if a is not None and self.produced[a].all() and not self.flow.atoms.find(a).any():
-                        path = self.flow.atoms.path_to_pin(a[0])
-                        out[n.rpartition('.')[0]] = path[-1][0] if path else 'it never changes'
-        return pd.Series(out, dtype=object)
+                        why = self.blamed.get(int(a[0])) or (self.flow.atoms.path_to_pin(a[0]) or [('it never changes',)])[-1]
+                        out[n.rpartition('.')[0], f'{why[0]}, in {why[1]}' if int(a[0]) in self.blamed else why[0]] = None
+        return pd.Series([r for _, r in out], [l for l, _ in out], dtype=object)
 
     def plot(self,
         ax=None, # Matplotlib axes; by default new ones of a fitting size

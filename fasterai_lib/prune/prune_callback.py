@@ -232,7 +232,8 @@ def _dead(graph): # what is alive, without the units that nothing produces
         zero = np.ones(len(g.roots), bool)
         for n, a, idx in _producers(graph, g):
             zero &= (now[n].detach().movedim(a, 0).flatten(1) == 0).all(1).cpu().numpy()[idx].all(1)
-        if zero.all(): zero[0] = False # a layer keeps one
+        left = int((~zero).sum()) # a layer keeps one, and what its kernel needs
+        zero[np.flatnonzero(zero)[:-left % g.multiple or (0 if left else g.multiple)]] = False
         alive[g.roots[zero]] = False
     return alive
 

@@ -142,7 +142,7 @@ class Pruner:
         return alive
 
     def _allocate(self, items, ask):
-        step = {n: self.round_to//math.gcd(self.round_to, it[0].units.slices) if self.round_to else 1 for n, it in items.items()} # units that are a multiple of round_to together
+        step = {n: math.lcm(it[0].units.multiple, self.round_to//math.gcd(self.round_to, it[0].units.slices) if self.round_to else 1) for n, it in items.items()} # units that are a multiple of round_to together
         keeps = {}
         for r in sorted(set(step.values())): # layers with another multiple do not trade with these
             part = {n: it for n, it in items.items() if step[n] == r and it[0].n >= r}
@@ -153,7 +153,7 @@ class Pruner:
     def refusal(self):
         found = self.graph.reasons()
         why = '; '.join(f"{r} ({n} layer{'s' if n > 1 else ''})" for r, n in found.value_counts().items()) or 'no layer makes channels'
-        loose = self.graph.exact and any(w in r for r in found for w in ('norm', 'depends on how many', 'computes something else')) # would it help?
+        loose = self.graph.exact and any(w in r.partition(', in ')[0] for r in found for w in ('norm', 'depends on how many', 'computes something else')) # would it help?
         return f"nothing can be removed from {type(self.model).__name__}{' exactly' if self.graph.exact else ''}: {why}" + ('. With exact=False these may go too, but the result changes' if loose else '')
 
     # --- removing

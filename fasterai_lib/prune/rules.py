@@ -38,6 +38,7 @@ class Flow:
         self.tags = [] # (labels, number): which part of a split they are
         self.groups = {} # (record number, op index) -> atoms of the groups of a convolution or norm
         self.averages = [] # (`Fold`, labels of the axes that are averaged over)
+        self.multiples = [] # (labels of an axis, what their number has to be a multiple of)
 
     # one record
     def read(self,
@@ -121,6 +122,12 @@ class Flow:
         fold = self.record.folds.get(self.at)
         if fold: self.averages.append((fold, [a for a in ls if a is not None]))
         elif self.exact: self.pins(ls, reason)
+    def multiple(self,
+        a: 'np.ndarray | None', # Labels of an axis
+        k: int, # Such as 4
+    ):
+        "Of this axis a multiple of `k` has to remain"
+        if a is not None and k > 1: self.multiples.append((a, k))
     def makes(self,
         a: 'np.ndarray | None', # Labels of the rows of a weight
     ):

@@ -66,6 +66,8 @@ def _grouped_mm(f, op):
     if len(b) == 3 and len(a) == 2:
         f.pins([a[0], b[0], *(l for r in tensors_in([op.args[2:], op.kwargs]) for l in f.of(r))], 'experts are told apart by it')
         _last(f, a[1], b[1]); f.makes(b[2])
+        if op.name == '_grouped_mm': # it wants strides of whole 16 bytes, backward those of the output too
+            for l in b[1:]: f.multiple(l, 16//op.args[1].itemsize)
         return [[None, b[2]]]
     return unknown(f, op)
 
