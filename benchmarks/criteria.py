@@ -78,33 +78,10 @@ def fasterai_sparse(dense, data, lib, criteria, context='global', granularity='w
     return at
 
 
-def moved(dense, data, epochs=2, rate=.003):
-    """Movement of the scores with the weights as they are (Sanh et al., 2020; Ramanujan et al., 2020): magnitude, plus -w·g of the pruned net, batch after batch.
-    The gradient is that of the weight as it would be if kept, for those that are not kept too. BatchNorm takes the statistics of the batch."""
-    names = [f'{n}.weight' for n, m in dense.named_modules() if isinstance(m, DENSE_TYPES)]
-    weights = [dense.get_parameter(n).detach() for n in names]
-
-    def at(percent):
-        scores, total = [w.abs() for w in weights], sum(w.numel() for w in weights)
-        def lowest():
-            edge = torch.cat([s.flatten() for s in scores]).kthvalue(round(total*percent/100)).values
-            return edge, [s > edge for s in scores]
-        (unit, keep), size = lowest(), None
-        net = copy.deepcopy(dense).train()
-        params = [net.get_parameter(n) for n in names]
-        for x, y in list(data)*epochs:
-            with torch.no_grad():
-                for p, w, k in zip(params, weights, keep): p.copy_(w*k)
-            movement = [-w*g for w, g in zip(weights, torch.autograd.grad(F.cross_entropy(net(x), y), params))]
-            mean = sum(m.abs().sum() for m in movement)/total
-            size = mean if size is None else .9*size + .1*mean
-            scores = [s + rate*unit*m/size for s, m in zip(scores, movement)]
-            keep = lowest()[1]
-        model = copy.deepcopy(dense)
-        with torch.no_grad():
-            for n, k in zip(names, keep): model.get_parameter(n).mul_(k)
-        return model
-    return at
+def moved(dense, data):
+    "The library's `refine`: magnitude, asked again of the net as pruned"
+    from fasterai_lib.sparse.refine import refine
+    return lambda percent: refine(dense, percent, data, F.cross_entropy, layer_type=DENSE_TYPES).apply(copy.deepcopy(dense))
 
 
 def from_name(text): # 'wanda, per_row': a criterion and a context

@@ -29,10 +29,15 @@ from .prune.surgery import fold_batchnorm, prune_parameter, prune_units
 from .show.granularities import *
 from .show.report import SparsityReport
 from .sparse.admm import ADMMCallback
+from .sparse.compensate import compensate
 from .sparse.distill import DistillCallback
 from .sparse.movement import MovementCallback, SoftThresholdCallback
+from .sparse.recalibrate import recalibrate
+from .sparse.reconstruct import reconstruct
+from .sparse.refine import refine
 from .sparse.regrow import RegrowCallback, erk, exchange
 from .sparse.regularize_callback import LossTermCallback, RegularizeCallback, TidyCallback
+from .sparse.sparsegpt import obc, sparsegpt
 from .sparse.sparsifier import Sparsifier
 from .sparse.sparsify_callback import MaskCallback, SparsifyCallback
 from .sparse.straight_through import StraightThroughCallback

@@ -15,7 +15,7 @@ from typing import Callable
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .collect import collectors
 from .criteria import Criteria, criteria

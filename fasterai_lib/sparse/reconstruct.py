@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..core.granularity import suggest
 from ..core.masks import Masks
