@@ -200,7 +200,7 @@ def plot_criteria(
     criteria: 'str | Criteria', # A name in `criteria`, or a `Criteria`
     n: int = 800, # Number of weights
     sparsity: float = 50, # In percent
-    before: torch.Tensor = None, # What the weights were; spread evenly by default
+    before: torch.Tensor = None, # What the weights were, or the statistic of data that the criterion needs; spread evenly by default
     after: torch.Tensor = None, # What they are now; likewise
     seed: int = 0, # For the weights and for random criteria
     ax=None, # Matplotlib Axes to draw on; a new figure by default
@@ -216,6 +216,9 @@ def plot_criteria(
         layer = nn.Linear(before.numel(), 1, bias=False, device='cpu', dtype=torch.float32)
         layer.weight.data = before.clone()
         sparsifier = Sparsifier(layer, 'weight', 'local', criteria, nn.Linear)
+        if criteria.needs_data: # what it was stands for what data tells: of either sign for gradients, else positive
+            before = before if criteria.needs in ('grad', 'loss', 'signal') and not criteria.per_sample else before.abs()
+            sparsifier.refs = {'weight': before}
         layer.weight.data = after.clone()
         keep = sparsifier.plan(sparsity)['weight'].keep.numpy()
     own, ax = ax is None, ax if ax is not None else plt.subplots(figsize=(3.8, 4.2), layout='constrained')[1]
@@ -223,7 +226,7 @@ def plot_criteria(
     ax.scatter(before[~keep], after[~keep], s=12, marker='x', color='#9a9a9a', lw=.8, label='removed')
     ax.scatter(before[keep], after[keep], s=11, color='#0072b2', lw=0, label='kept')
     reach = 1.06*max(float(before.abs().max()), float(after.abs().max()), 1e-12)
-    ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect='equal', ylabel='weight now', xlabel='weight at the last decision' if criteria.needs_update else 'weight at the start')
+    ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect='equal', ylabel='weight now', xlabel=f'statistic ({criteria.needs})' if criteria.needs_data else 'weight at the last decision' if criteria.needs_update else 'weight at the start')
     ax.set_title(f"{criteria.name}\n{100*(1 - keep.mean()):.4g} % removed", fontsize=10)
     if own: ax.figure.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2, frameon=False)
     return ax
