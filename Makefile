@@ -29,7 +29,7 @@ demo: .venv/.stamp-core
 
 test: .venv/.stamp-dev  # pytest builds the site that it looks at
 	rm -rf _docs
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 docs: .venv/.stamp-dev
 	$(PY) -m tools.docs_site
