@@ -30,6 +30,15 @@ for cbs in [accuracy.TorchPrune(90)], [lib.SparsifyCallback(90, 'weight', 'globa
     score, zeros = accuracy.train(data, cbs, 0)
     assert 0 <= score <= 100 and zeros == common.asked_zeros(accuracy.net(), 90, 'global'), zeros
 ''',
+    'block': '''
+import contextlib, io
+sys.argv[1:] = ['--quick']
+with contextlib.redirect_stdout(out := io.StringIO()): block.main()
+lines = {l.split(' | ')[0].strip('| '): l.strip('| ').split(' | ') for l in out.getvalue().splitlines() if l.startswith('|')}
+for what in ('wanda', 'sparsegpt'):
+    ours, reference = (lines[f'{what}, {who}'] for who in ('ours', 'reference'))
+    assert ours[3] == reference[3] == '50.00' and float(ours[4]) < 1.1*float(reference[4]), lines
+''',
     'criteria': '''
 (x, y), (x_test, y_test), _ = criteria.accuracy.digits(None)
 net, data = criteria.mlp(64), [(x[:40], y[:40]), (x[40:64], y[40:64])]

@@ -421,7 +421,7 @@ def test_the_floor_of_a_layer_breaks_ties_by_position(seed): # units of several 
 @pytest.mark.parametrize('layer,axis,names', [
     (lambda: nn.Linear(16, 8), '', 'i'), (lambda: nn.Linear(16, 8), ' o', 'o'), (lambda: nn.Conv2d(16, 8, 3), '', 'i'), (lambda: nn.Conv2d(16, 8, 3), ' o', 'o'),
     (lambda: nn.Conv2d(3, 8, (8, 3)), ' h', 'h'), (lambda: nn.Conv2d(3, 2, (2, 8)), ' w', 'w'), (lambda: nn.Conv2d(16, 8, 2, groups=2), '', 'i'), (lambda: nn.ConvTranspose2d(16, 8, 2, groups=2), '', 'i'),
-    (lambda: nn.Embedding(5, 16), '', 'd'), (lambda: nn.Embedding(16, 5), ' n', 'n'), (lambda: nn.Bilinear(8, 8, 3), ' j', 'j')], ids=str)
+    (lambda: nn.Embedding(5, 16), '', 'd'), (lambda: nn.Embedding(16, 5), ' n', 'n'), (lambda: nn.Bilinear(8, 8, 3), ' j', 'j')], ids=lambda v: 'layer' if callable(v) else str(v))
 def test_n_of_m_group_by_group(layer, axis, names, n, m):
     model = fill(nn.Sequential(layer()), 4)
     w0 = weights(model[0])['weight'].copy()
@@ -635,6 +635,6 @@ def test_report_counts_outputs_of_every_layer_type(case):
 @pytest.mark.parametrize('layer,x,macs', [
     (lambda: nn.Conv1d(4, 6, 3, stride=2), (2, 4, 11), 6*4*3*5), (lambda: nn.Conv2d(4, 6, (3, 2), groups=2, dilation=2), (1, 4, 9, 8), 6*2*6*5*6),
     (lambda: nn.Conv3d(2, 3, 2), (1, 2, 4, 4, 3), 3*2*8*3*3*2), (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 11), 6*4*3*11),
-    (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 5), 4*3*9*25), (lambda: nn.Linear(5, 7), (3, 5), 35), (lambda: nn.Linear(5, 7), (3, 4, 5), 140)], ids=str)
+    (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 5), 4*3*9*25), (lambda: nn.Linear(5, 7), (3, 5), 35), (lambda: nn.Linear(5, 7), (3, 4, 5), 140)], ids=lambda v: 'layer' if callable(v) else str(v))
 def test_multiply_accumulates_by_hand(layer, x, macs):
     assert SparsityReport(nn.Sequential(layer()), torch.randn(x)).total['macs'] == macs
