@@ -209,7 +209,7 @@ class SparsifyCallback(MaskCallback):
     def after_fit(self):
         if self._validating: return
         super().after_fit()
-        self.loop = None
+        if self.loop is not None: self.loop, self.sparsifier.refs = None, {} # what was true while training
         if self.reset_end and self.saved is not None and not self._searching: self._rewind()
 
     # --- what is asked, and what is there
