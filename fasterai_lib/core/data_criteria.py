@@ -10,11 +10,10 @@ __all__ = ['gradient', 'taylor', 'taylor_signed', 'sensitivity', 'fisher', 'obd'
 import torch
 
 from . import attribution # registers shapley
-from .criteria import Criteria, criteria
+from .criteria import Criteria, _same, criteria
 from .collect import collect
 
 # %% ../../nbs/core/data_criteria.ipynb #67d565a6
-def _same(w): return w
 def _gradient(w, g): return g
 def _gradient_abs(w, g): return g.abs()
 def _gradient_squared(w, g): return g.square()

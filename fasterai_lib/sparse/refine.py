@@ -13,16 +13,14 @@ from torch import nn
 from tqdm import tqdm
 
 from ..core.collect import trainable
-from ..core.criteria import Criteria
+from ..core.criteria import Criteria, _same
 from ..core.granularity import Tile
 from ..core.masks import Masks
-from ..core.running import batches, untouched
+from ..core.running import _norms, batches, untouched
 from .sparsifier import Sparsifier
 
 # %% ../../nbs/sparse/refine.ipynb #8ff9ccc7
-def _same(x): return x
 _by_scores = Criteria(_same, needs='scores', return_init=True, name='refined') # whatever the scores say
-_norms = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 def refine(
     model: nn.Module, # Left as it was
