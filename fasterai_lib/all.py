@@ -9,10 +9,11 @@ __all__ = []
 from .core.allocation import Context
 from .core.attribution import attribute, attribution_criteria, shapley
 from .core.collect import Collector, collect
-from .core.cost import positions
+from .core.cost import Cost, compare, cost, positions, quantities
 from .core.criteria import *
 from .core.data_criteria import *
 from .core.granularity import Granularities, Tile, spans
+from .core.latency import measure_latencies, measure_latency
 from .core.masks import Mask, Masks
 from .core.schedule import *
 from .core.units import Units, layers_of, units_of

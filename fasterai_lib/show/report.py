@@ -6,25 +6,18 @@
 __all__ = ['SparsityReport']
 
 # %% ../../nbs/show/report.ipynb #3fe93b65
-import io
-import zlib
-
 import pandas as pd
 import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
 
-from ..core.cost import positions
+from ..core.cost import packed, positions, state_of
 from ..core.granularity import Granularities
 from ..core.masks import Masks
 from ..core.units import layers_of
 
 # %% ../../nbs/show/report.ipynb #5b4b4030
-def _size(x): # bytes of a tensor, raw and compressed
-    raw = x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if x.ndim else x.detach().cpu().numpy().tobytes()
-    return len(raw), len(zlib.compress(raw, 1))
-
 def _bytes(n): return f"{n/1e6:.2f} MB" if n >= 1e5 else f"{n/1e3:.1f} kB"
 
 class SparsityReport:
@@ -53,7 +46,7 @@ class SparsityReport:
             if used is not None: row |= dict(macs=total*used.get(name, 0), macs_left=left*used.get(name, 0))
             rows.append(row)
         self.df = pd.DataFrame(rows)
-        sizes = [_size(v) for v in {v.data_ptr(): v for v in model.state_dict().values()}.values()] if disk else []
+        sizes = [(t.numel()*t.itemsize, packed(t)) for _, t, _, saved in state_of(model) if saved] if disk else []
         self.raw_bytes, self.disk_bytes = (sum(c) for c in zip(*sizes)) if sizes else (None, None)
 
     @property
