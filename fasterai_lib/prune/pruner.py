@@ -21,6 +21,7 @@ from ..core.criteria import Criteria, as_criteria, reducers
 from ..core.granularity import suggest
 from ..core.selection import Scored
 from ..sparse.sparsifier import _whole, as_percent
+from .budget import Budget, is_objective
 from .graph import trace
 from .optimizer import _sliced
 from .plan import Plan, _times
@@ -57,7 +58,7 @@ class Pruner:
         self.round_to, self.min_kept = _whole(round_to, 'round_to', 1), _whole(min_kept, 'min_kept', 1)
         self.max_sparsity, self.check = as_percent(max_sparsity, 'max_sparsity'), check
         self.model, self.graph = model, trace(model, example_inputs, exact, ignored)
-        self.prover, self.refs = Prover(self.graph, example_inputs), {}
+        self.prover, self.refs, self.budget = Prover(self.graph, example_inputs), {}, None
         self.data, self.loss = example_inputs if data is None and self.criteria.needs == 'signal' else data, loss
         if self.criteria.needs_init or self.criteria.needs_update: self.remember()
 
@@ -141,12 +142,17 @@ class Pruner:
         for n, keep in self._allocate(items, ask).items(): alive[groups[n].roots[groups[n].alive][~keep]] = False
         return alive
 
+    def step(self, group): # units that are a multiple of round_to together
+        return math.lcm(group.multiple, self.round_to//math.gcd(self.round_to, group.slices) if self.round_to else 1)
+    def least(self, group): # units that max_sparsity leaves
+        return math.ceil(len(group.roots)*(1 - self.max_sparsity/100) - 1e-9)
+
     def _allocate(self, items, ask):
-        step = {n: math.lcm(it[0].units.multiple, self.round_to//math.gcd(self.round_to, it[0].units.slices) if self.round_to else 1) for n, it in items.items()} # units that are a multiple of round_to together
+        step = {n: self.step(it[0].units) for n, it in items.items()}
         keeps = {}
         for r in sorted(set(step.values())): # layers with another multiple do not trade with these
             part = {n: it for n, it in items.items() if step[n] == r and it[0].n >= r}
-            most = {n: max(0., 100*(1 - math.ceil(len(g.roots)*(1 - self.max_sparsity/100) - 1e-9)/g.n)) for n, (s,) in part.items() for g in [s.units]} # of what is left
+            most = {n: max(0., 100*(1 - self.least(s.units)/s.units.n)) for n, (s,) in part.items()} # of what is left
             if part: keeps.update(allocate(part, {n: ask[n] for n in part}, self.context, r if r > 1 else None, self.min_kept, most))
         return {n: k.cpu().numpy() for n, (k,) in keeps.items()}
 
@@ -157,23 +163,29 @@ class Pruner:
         return f"nothing can be removed from {type(self.model).__name__}{' exactly' if self.graph.exact else ''}: {why}" + ('. With exact=False these may go too, but the result changes' if loose else '')
 
     # --- removing
+    def proof(self, alive): # None when it can be removed; else (labels to pin, the reason)
+        if self.check: return self.prover.prove(alive)
+        self.prover.guess(alive)
+
     def _prepare(self, sparsity): # decide, and find out how to make it run
         if self.criteria.needs_data and (self.data is not None or not self.refs): self.collect()
+        if is_objective(sparsity):
+            if self.budget is None or self.budget.asked != sparsity: self.budget = Budget(self, sparsity, self.budget and self.budget.dense, self.budget and self.budget.reference)
+            return self.budget.reach()
         for _ in range(60):
             alive = self.decide(sparsity)
-            if not self.check: self.prover.guess(alive)
-            if not self.check or (blame := self.prover.prove(alive)) is None: return alive
+            if (blame := self.proof(alive)) is None: return alive
             self.graph.pin(*blame)
         raise ValueError(f"no removal of {sparsity} % found that runs; the last reason: {blame[1][0]}")
 
     def plan(self,
-        sparsity: 'float | list | dict', # In percent of the units that the model had at first: one number, a list with one per group, or a dict by layer name or glob
+        sparsity: 'float | list | dict | str', # In percent of the units that the model had at first: one number, a list with one per group, or a dict by layer name or glob; or objectives, such as `'2x latency'`
     ) -> Plan: # Its `apply` zeroes, its `remove` slices
         "What would be removed, proven; the model is not changed"
         return self.prover.plan(self._prepare(sparsity))
 
     def prune_model(self,
-        sparsity: 'float | list | dict', # In percent of the units that the model had at first: one number, a list with one per group, or a dict by layer name or glob
+        sparsity: 'float | list | dict | str', # In percent of the units that the model had at first: one number, a list with one per group, or a dict by layer name or glob; or objectives, such as `'2x latency'`
         opt=None, # The model's optimizer, of fastai or torch: goes on with what it remembers of the rest
     ) -> Plan: # What was removed
         "Plan, and remove in place; ask for more later and it goes on from there"

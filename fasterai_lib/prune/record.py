@@ -24,7 +24,10 @@ class Ref:
     "A tensor of a record"
     id: int # The same for all uses of one tensor
     shape: tuple # At that moment
-    itemsize: int = 4 # Bytes of an element
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def itemsize(self): return self.dtype.itemsize # bytes of an element
 
 @dataclass
 class Op:
@@ -153,7 +156,7 @@ class Recorder:
             self.ids[id(t)] = i
             if key: self.by_place.setdefault(key, i)
             self.alive.append(t)
-        return Ref(i, tuple(t.shape), t.itemsize)
+        return Ref(i, tuple(t.shape), t.dtype)
 
     def _place(self, t): # two tensors at one place are the same tensor
         if isinstance(t, FakeTensor) or t.device.type == 'meta' or t.layout != torch.strided or t.numel() == 0: return None
