@@ -12,47 +12,69 @@ from dataclasses import dataclass
 
 import torch
 
+from .allocators import Problem, allocators, check_needs
 from .granularity import suggest
-from .selection import Scored, select, _golden, _half_up, _order, _same_size, _weights
+from .selection import Scored, select, _alive, _golden, _half_up, _leaving, _order, _same_size, _weights
 
 # %% ../../nbs/core/allocation.ipynb #7a3055aa
-_contexts = ['local', 'global', 'per_row']
+_contexts, _forms = ['local', 'global', 'per_row'], ['n:m (such as 2:4)', 'balanced n (such as balanced 16)']
 
 @dataclass(frozen=True)
 class Context:
     "Which units compete"
-    name: str # `local`, `global`, `per_row` or `n:m`
+    name: str # `local`, `global`, `per_row`, `n:m`, `balanced n`, or a name in `allocators`
     n: int = 0 # n:m: kept of each group
     m: int = 0 # n:m: neighbours in a group
-    axis: str = 'i' # n:m: the axis the groups lie along
+    axis: str = 'i' # n:m and balanced: the axis the groups or tiles lie along
+    tile: int = 0 # balanced: neighbours in a tile
 
     def __post_init__(self):
-        if not self.m and self.name not in _contexts: raise ValueError(f"context {self.name!r}: {suggest(self.name, [*_contexts, 'n:m (such as 2:4)'])}")
+        if not self.m and not self.tile and self.name not in (known := [*_contexts, *allocators]): raise ValueError(f"context {self.name!r}: {suggest(self.name, list(dict.fromkeys([*known, *_forms])))}")
+
+    @property
+    def allocator(self): return self.name if self.name in allocators and self.name not in _contexts else None # that shares one budget out over the layers
+    @property
+    def shared(self): return self.name == 'global' or self.allocator is not None # one sparsity for all layers together?
 
     @property
     def limit(self): return 100*(1 - self.n/self.m) if self.m else 100. # the sparsity that n:m means, in percent
 
     def check(self, layers: dict): # Layer name to list of `Units`
         "Raise where this context cannot be for one of `layers`"
+        self._check_needs()
         for name, us in layers.items():
             for u in us:
                 rows = u.dims(*u.out)
                 if self.name == 'per_row' and u.size is None: raise ValueError(f"{name}: context 'per_row' needs units of one size; blocks of {u.grid.block} do not divide {u.grid.view}")
                 if self.name == 'per_row' and (any(u.grid.block[d] != 1 for d in rows if u.grid.view[d] > 1) or u.n <= math.prod(u.grid.shape[d] for d in rows)):
                     raise ValueError(f"{name}: context 'per_row' needs several units in each row; this granularity leaves units of {u.grid.block} in {u.grid.view}")
-                if self.m:
+                if wide := self.m or self.tile:
                     dims = self._along(u)
                     size = math.prod(u.grid.shape[d] for d in dims)
                     if not dims or any(u.grid.block[d] != 1 for d in dims):
-                        raise ValueError(f"{name}: context '{self.n}:{self.m}' needs separate units along axis {self.axis!r}; this granularity leaves units of {u.grid.block} along {u.grid.axes}")
-                    if size % self.m: raise ValueError(f"{name}: axis {self.axis!r} has {size} units, which {self.m} does not divide; leave the layer out with exclude={name!r}")
+                        raise ValueError(f"{name}: context {self.name!r} needs separate units along axis {self.axis!r}; this granularity leaves units of {u.grid.block} along {u.grid.axes}")
+                    if self.tile and u.size is None: raise ValueError(f"{name}: context {self.name!r} needs units of one size; blocks of {u.grid.block} do not divide {u.grid.view}")
+                    if size % wide: raise ValueError(f"{name}: axis {self.axis!r} has {size} units, which {wide} does not divide; leave the layer out with exclude={name!r}")
+
+    def check_whole(self):
+        "Raise where this context is not for whole units of layers that are cut"
+        self._check_needs()
+        if self.name != 'local' and not self.shared: raise ValueError(f"context {self.name!r} zeroes weights inside units; whole units compete in 'local' or 'global', or as one of {', '.join(n for n in _simple() if n != 'balanced')} says")
+
+    def _check_needs(self): # what only an objective or a measurement can give
+        if self.allocator and self.allocator not in _simple(): raise ValueError(f"context {self.name!r} tries candidates out on the model, or reads measured curves: it works in compress and in allocate(..., measure=), not here; here: {', '.join([*_contexts, *_simple()])}")
 
     def _along(self, u): return u.dims(self.axis) or ([len(u.grid.axes) - 1] if self.axis == 'i' else [])
 
-def as_context(c: 'str | Context') -> Context: # A name, `'2:4'`, `'2:4 o'` for groups along another axis, or a `Context`
+def _simple(): return [n for n, f in allocators.items() if n not in _contexts and 'measure' not in f.needs] # allocators that look at scores and sizes only
+
+def as_context(c: 'str | Context') -> Context: # A name, `'2:4'`, `'2:4 o'` for groups along another axis, `'balanced 16'` likewise, or a `Context`
     "The context that `c` means"
     if isinstance(c, Context): return c
-    if not isinstance(c, str): raise TypeError(f"context must be a name, got {c!r}; allowed: local, global, per_row, n:m")
+    if not isinstance(c, str): raise TypeError(f"context must be a name, got {c!r}; allowed: {', '.join([*_contexts, 'n:m', 'balanced n', *_simple()])}")
+    if m := re.fullmatch(r'balanced(?:\s+(\d+)(?:\s+(\w+))?)?', c): # without a number, tiles are rows
+        if m[1] and int(m[1]) < 2: raise ValueError(f"context {c!r}: a tile needs at least 2 units")
+        return Context(c, axis=m[2] or 'i', tile=int(m[1])) if m[1] else Context('per_row')
     if m := re.fullmatch(r'(\d+):(\d+)(?:\s+(\w+))?', c):
         n, m, axis = int(m[1]), int(m[2]), m[3] or 'i'
         if not 1 <= n < m: raise ValueError(f"context {c!r}: keep n of m needs 1 <= n < m")
@@ -67,9 +89,10 @@ def _lanes(it, dims): # scores, alive and a function back; the given dims last, 
     back = lambda y: y.reshape([shape[d] for d in perm]).permute([perm.index(d) for d in range(len(shape))]).reshape(-1)
     return fold(it.all()), fold(it.alive), back
 
-def _per_row(it, sparsity, floor):
+def _in_tiles(it, sparsity, floor, context): # the same number of each, to within one
     rows = it.units.dims(*it.units.out)
-    s, alive, back = _lanes(it, [d for d in range(len(it.units.grid.shape)) if d not in rows])
+    s, alive, back = _lanes(it, context._along(it.units) if context.tile else [d for d in range(len(it.units.grid.shape)) if d not in rows])
+    if context.tile: s, alive = s.reshape(-1, context.tile), None if alive is None else alive.reshape(-1, context.tile)
     n_rows, k = len(s), min(_half_up(sparsity*it.n/100), it.n - floor)
     turn = (torch.arange(n_rows, device=s.device, dtype=torch.float64)*_golden % 1).argsort().argsort() # fixed: no row gets fewer as k grows
     per_row = k//n_rows + (turn < k % n_rows).long()
@@ -94,9 +117,9 @@ def _n_of_m(it, sparsity, context):
 # %% ../../nbs/core/allocation.ipynb #5e52140e
 def allocate(
     layers: dict, # Layer name to list of `Scored`
-    sparsity: dict, # Layer name to percent; one value for all in context `global`
+    sparsity: dict, # Layer name to percent; one value for all in `global` and with allocators
     context: Context,
-    round_to: int = None, # What remains per layer is a multiple of this
+    round_to: 'int | dict' = None, # What remains per layer is a multiple of this; by layer name, for allocators only
     min_kept: int = None, # Units that each layer keeps; by default 1, unless 100 % is asked
     max_sparsity: 'float | dict' = 100., # Percent of units that a layer loses at most; one for all, or by layer name
 ) -> dict: # Layer name to list of flat boolean tensors
@@ -113,7 +136,12 @@ def allocate(
             done += it.n
         return out
     if context.m: return {name: [_n_of_m(it, sparsity[name], context) for it in items] for name, items in layers.items()}
-    if context.name == 'per_row': return {name: [_per_row(it, sparsity[name], f) for it, f in zip(items, floors_of(name))] for name, items in layers.items()}
+    if context.tile or context.name == 'per_row': return {name: [_in_tiles(it, sparsity[name], f, context) for it, f in zip(items, floors_of(name))] for name, items in layers.items()}
+    if context.allocator:
+        step = round_to if isinstance(round_to, dict) else dict.fromkeys(layers, round_to or 1)
+        least = {name: n[name] if n[name] < step[name] else max(floor(name), sum(floors_of(name))) for name in layers}
+        left = _share_out(layers, next(iter(sparsity.values())), context.allocator, least, {name: floors_of(name) for name in layers}, step, bool(min_kept) or min(map(cap, layers)) < 100)
+        return {name: select(its, 0, floors_of(name), n[name] - left[name]) for name, its in layers.items()}
     if context.name == 'global':
         items = [it for its in layers.values() for it in its]
         floors = [f for name in layers for f in floors_of(name)]
@@ -133,6 +161,23 @@ def allocate(
         elif len(items) == 1 and _same_size(items): out[name] = select(items, 0, units=min(_half_up(sparsity[name]*n[name]/100), n[name] - floor(name)))
         else: out[name] = select(items, sparsity[name], floors_of(name))
     return out
+
+def _share_out(layers, asked, allocator, least, floors, step, strict): # layer name to units kept; the budget is in weights kept
+    n, now = {l: sum(it.n for it in its) for l, its in layers.items()}, {l: sum(it.n if it.alive is None else int(it.alive.sum()) for it in its) for l, its in layers.items()}
+    scores, size, total = {l: torch.cat([it.all() for it in its]) for l, its in layers.items()}, {l: _weights(its)/n[l] for l, its in layers.items()}, sum(map(_weights, layers.values()))
+    ragged = {l: torch.cat([it.units.sizes() for it in its])[_leaving(its, floors[l])[0].cpu()].flip(0).cumsum(0) for l, its in layers.items() if not _same_size(its)} # weights of those that stay
+    def cost(kept): return sum(size[l]*k if l not in ragged else int(ragged[l][k - 1]) if k else 0 for l, k in kept.items())
+    budget, unit = total - _half_up(asked*total/100), max(size[l]*step[l] for l in layers)
+    least = {l: min(n[l], -(-max(k, step[l] > 1)//step[l])*step[l]) for l, k in least.items()}
+    if now != n and budget < cost(now) + unit: # what is gone stays gone
+        most = {l: max(now[l], least[l]) for l in layers}
+        scores = {l: torch.where(_alive(its), s, s.min().clamp(max=0)) if _alive(its) is not None else s for (l, its), s in zip(layers.items(), scores.values())}
+    else: most, least = n, {l: max(least[l], now[l]//step[l]*step[l] if now != n else 0) for l in layers}
+    problem = Problem(scores, cost, size, {l: [s for it in its for s in it.shapes] for l, its in layers.items()}, least, most, step)
+    if (low := cost(problem.at(problem.low))) > budget + unit and strict:
+        raise ValueError(f"{asked:g} % of the weights cannot go: min_kept, max_sparsity and round_to leave at most {100 - 100*low/total:.2f} %")
+    check_needs(allocator, problem)
+    return allocators[allocator](problem, max(budget, low))
 
 def _multiple(name, kept, n, round_to, floor): # the multiple of round_to nearest to kept
     if n < round_to: raise ValueError(f"{name}: has {n} units, so what remains cannot be a multiple of round_to={round_to}")

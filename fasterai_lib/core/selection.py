@@ -33,6 +33,9 @@ class Scored:
         s = self.units.shares[0]
         return len(self.units.shares) == 1 and s.grid.elementwise and self.criteria.normalizer is None and self.criteria.between is None and s.param.is_contiguous() and self._flat(s)
 
+    @property
+    def shapes(self): return [tuple(s.param.shape) for s in self.units.shares]
+
     def _flat(self, s): # a statistic that is the same along an axis is not
         return not self.criteria.needs_data or self.criteria.reference(self.refs, s.name).is_contiguous()
 
@@ -152,15 +155,16 @@ def _order(scores, alive): # the order in which units go: the dead first, then b
 
 def _alive(items): return None if all(it.alive is None for it in items) else torch.cat([it.alive if it.alive is not None else torch.ones(it.n, dtype=torch.bool, device=it.device) for it in items])
 
+def _leaving(items, floors): # the order in which units go, those that fill the floors last; which these are
+    order = _order(torch.cat([it.all() for it in items]), _alive(items))
+    if not any(floors): return order, None
+    safe = torch.cat([_best(it, f) for it, f in zip(items, floors)])
+    return order[torch.argsort(safe[order].byte(), stable=True)], safe
+
 def _select_sorted(items, weights, floors): # remove units of `weights` weights in all, to within one unit; floors: units each item keeps
-    scores, alive = torch.cat([it.all() for it in items]), _alive(items)
-    sizes = torch.cat([it.units.sizes() for it in items]).to(scores.device)
-    order = _order(scores, alive)
-    if any(floors):
-        safe = torch.cat([_best(it, f) for it, f in zip(items, floors)])
-        order = order[torch.argsort(safe[order].byte(), stable=True)]
-        allowed = (sizes*~safe).sum()
-    else: allowed = sizes.sum()
+    order, safe = _leaving(items, floors)
+    alive, sizes = _alive(items), torch.cat([it.units.sizes() for it in items]).to(order.device)
+    allowed = sizes.sum() if safe is None else (sizes*~safe).sum()
     sums = torch.cat([sizes.new_zeros(1), sizes[order].cumsum(0)])
     n_gone = torch.where(sums <= allowed, (sums - weights).abs(), torch.iinfo(sums.dtype).max).argmin()
     if alive is not None and weights > 0: # what is gone stays gone while it is too much by less than a unit
@@ -191,8 +195,8 @@ def select(
     if not _same_size(items) or items[0].device.type != 'cpu':
         weights = _half_up(sparsity*_weights(items)/100) if units is None else None
         if units is not None: # counted in units whatever their size
-            scores, alive = torch.cat([it.all() for it in items]), _alive(items)
-            keep = torch.ones(n, dtype=torch.bool, device=scores.device).index_fill_(0, _order(scores, alive)[:units], False)
+            order = _leaving(items, floors)[0]
+            keep = torch.ones(n, dtype=torch.bool, device=order.device).index_fill_(0, order[:units], False)
             return list(keep.split([it.n for it in items]))
         return _select_sorted(items, weights, floors)
     k, fixed = _half_up(sparsity*n/100) if units is None else units, {}

@@ -26,7 +26,7 @@ from ..core.schedule import Schedule, _duration, _fraction, as_schedule
 from ..core.selection import _half_up
 from .constants import fold_constants
 from .plan import Plan, _record, sources
-from .pruner import Pruner
+from .pruner import Pruner, _producers
 from .record import _map
 from ..sparse.sparsifier import as_percent
 from ..sparse.sparsify_callback import MaskCallback, SparsifyCallback, _loss_scale
@@ -35,10 +35,6 @@ from ..sparse.sparsify_callback import MaskCallback, SparsifyCallback, _loss_sca
 class _Asked(dict): "Percent by group of units, settled"
 class _Pruner(Pruner):
     def targets(self, sparsity): return dict(sparsity) if isinstance(sparsity, _Asked) else super().targets(sparsity)
-def _producers(graph, group): # names of the matrices whose outputs are the units of a group
-    mine = [m for m in group.members if m[0] in graph.trainable]
-    return [(n, a, i) for n, a, i in mine if len(graph.shapes[n]) > 1 and graph.produced[graph.params[n][a][i[0, 0]]]] or mine
-
 def _fits(graph): return all(graph.shapes.get(n) is not None and tuple(t.shape) == graph.shape(n) for n, t in sources(graph.model).items()) # is it still the model of this graph?
 def _plain(model): # without the wrappers that do not compute
     if isinstance(model, DistributedDataParallel): raise ValueError("DistributedDataParallel holds buckets of gradients of fixed size: prune before the model is wrapped")
@@ -57,7 +53,7 @@ class PruneCallback(Callback):
 
     def __init__(self,
         sparsity: 'float | list | dict', # Units that go, in percent: one number, a list with one per group of units, or a dict by layer name or glob
-        context: 'str | Context', # Which units compete: `'local'`, those of one layer, or `'global'`, all
+        context: 'str | Context', # Which units compete: `'local'`, those of one layer, `'global'`, all, or a name in `allocators`
         criteria: 'str | Criteria', # Which go first
         schedule: 'str | Schedule', # When: a `Schedule`, its name, or any fastai annealer
         example_inputs=None, # A tensor, tuple or dict to run the model on; by default two examples of the first batch
@@ -76,10 +72,10 @@ class PruneCallback(Callback):
         self.values = sorted({as_percent(v) for v in values})
         if 100 in self.values: raise ValueError("sparsity=100 leaves nothing of a layer; the most that can be removed is all units but min_kept")
         self.sparsity, self.schedule, self.context, self.criteria = sparsity, as_schedule(schedule), as_context(context), as_criteria(criteria)
-        if self.context.name not in ('local', 'global'): raise ValueError(f"context {self.context.name!r} zeroes weights inside units; whole units compete in 'local' or 'global'")
-        if self.context.name == 'global' and isinstance(sparsity, (dict, list, tuple)): raise ValueError(f"a {type(sparsity).__name__} of sparsities needs context='local': in 'global' all layers share one sparsity")
+        self.context.check_whole()
+        if self.context.shared and isinstance(sparsity, (dict, list, tuple)): raise ValueError(f"a {type(sparsity).__name__} of sparsities needs context='local': in {self.context.name!r} all layers share one sparsity")
         if model is not None and not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module that is part of the Learner's, got {type(model).__name__}")
-        self.globally = self.context.name == 'global'
+        self.globally = self.context.shared
         self.part, self.example_inputs, self.every, self.frozen, self.copies = model, example_inputs, None if every is None else _duration(every, 'every'), frozen, tuple(copies)
         self.how = dict(round_to=round_to, ignored=ignored, exact=exact, min_kept=min_kept, max_sparsity=max_sparsity, check=check)
         self.loop, self.pruner, self.started, self.first, self.history, self.columns, self.targets, self.ready = None, None, False, None, [], False, {}, False

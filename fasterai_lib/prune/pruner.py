@@ -27,6 +27,10 @@ from .optimizer import _sliced
 from .plan import Plan, _times
 from .verify import Prover
 
+def _producers(graph, group): # names of the matrices whose outputs are the units of a group
+    mine = [m for m in group.members if m[0] in graph.trainable]
+    return [(n, a, i) for n, a, i in mine if len(graph.shapes[n]) > 1 and graph.produced[graph.params[n][a][i[0, 0]]]] or mine
+
 _norm = lambda x, d: torch.linalg.vector_norm(x, 2, d)
 _joined = {reducers['mean']: (torch.sum, lambda s: s, lambda x, n: x.sum(1)/n), reducers['sum']: (torch.sum, lambda s: s, lambda x, n: x.sum(1)), reducers['l2']: (_norm, torch.abs, lambda x, n: _norm(x, 1)),
            reducers['max']: (torch.amax, lambda s: s, lambda x, n: x.amax(1)), reducers['min']: (torch.amin, lambda s: s, lambda x, n: x.amin(1))} # reducers that need not see all weights at once
@@ -37,13 +41,26 @@ class _Scores(Scored): # of a group, known already
     @property
     def device(self): return self._all.device
 
+class _First: # the units that a group had at first: what an allocator shares the budget out over
+    def __init__(self, group): self.layer, self.n, self.size = group.layer, len(group.roots), group.size
+    @property
+    def numel(self): return self.n*self.size
+    def sizes(self): return torch.full((self.n,), self.size)
+
+class _FirstScores(_Scores):
+    shapes = None
+    def __init__(self, group, criteria, scores):
+        alive = torch.from_numpy(group.alive)
+        super().__init__(_First(group), criteria, scores.new_zeros(len(alive)).masked_scatter_(alive.to(scores.device), scores))
+        self.alive, self.shapes = alive.to(scores.device), [group.graph.shapes[n] for n, _, _ in _producers(group.graph, group)]
+
 class Pruner:
     "Remove units of a model for good: what was coupled goes together, and what remains computes the same"
     def __init__(self,
         model: nn.Module, # Any model, pruned in place
         example_inputs: 'torch.Tensor | tuple | dict', # What it runs on: a tensor, a tuple, or a dict of keyword arguments
         criteria: 'str | Criteria' = 'large_final', # Which units go first
-        context: 'str | Context' = 'local', # Which units compete: `'local'` (those of a group) or `'global'` (all)
+        context: 'str | Context' = 'local', # Which units compete: `'local'` (those of a group), `'global'` (all), or a name in `allocators`
         round_to: int = None, # Such as 8: outputs that remain of each layer are a multiple of this; layers with fewer are left whole
         ignored: 'str | nn.Module | tuple' = (), # Layers, or names or globs of layers, whose outputs all stay
         exact: bool = True, # Only what can go without changing what the zeroed model computes?
@@ -54,7 +71,7 @@ class Pruner:
         loss: Callable = None, # For those that need gradients: `f(out, *targets)`, the mean over the samples
     ):
         self.criteria, self.context = as_criteria(criteria), as_context(context)
-        if self.context.name not in ('local', 'global'): raise ValueError(f"context {self.context.name!r} zeroes weights inside units; whole units compete in 'local' or 'global'")
+        self.context.check_whole()
         self.round_to, self.min_kept = _whole(round_to, 'round_to', 1), _whole(min_kept, 'min_kept', 1)
         self.max_sparsity, self.check = as_percent(max_sparsity, 'max_sparsity'), check
         self.model, self.graph = model, trace(model, example_inputs, exact, ignored)
@@ -115,7 +132,7 @@ class Pruner:
         names = {g.name: g for g in self.groups if len(g.roots) > 1}
         if not names: raise ValueError(self.refusal())
         if not isinstance(sparsity, (dict, list, tuple)): return dict.fromkeys(names, as_percent(sparsity))
-        if self.context.name == 'global': raise ValueError(f"a {type(sparsity).__name__} of sparsities needs context='local': in 'global' all layers share one sparsity")
+        if self.context.shared: raise ValueError(f"a {type(sparsity).__name__} of sparsities needs context='local': in {self.context.name!r} all layers share one sparsity")
         if isinstance(sparsity, dict) and not sparsity: raise ValueError(f"sparsity: the dict names no layer; the groups are {', '.join(names)}")
         if isinstance(sparsity, dict):
             values, layers = {k: as_percent(v, f'sparsity of {k!r}') for k, v in sparsity.items()}, list(dict.fromkeys(l for g in names.values() for l in g.layers))
@@ -132,9 +149,10 @@ class Pruner:
         targets, alive = self.targets(sparsity), self.graph.alive.copy()
         groups = {g.name: g for g in self.groups if g.name in targets}
         if any(s == 100 for s in targets.values()): raise ValueError("100 % leaves nothing of a layer; to remove a whole one use remove_layer or remove_blocks")
+        if self.context.allocator: return self._share_out(groups, next(iter(targets.values())), alive)
         items = {n: [_Scores(g, self.criteria, self.scores(g))] for n, g in groups.items()}
         gone = {n: len(g.roots) - g.n for n, g in groups.items()}
-        if self.context.name == 'global':
+        if self.context.shared:
             weights = {n: len(g.roots)*g.size for n, g in groups.items()}
             left = sum(weights.values())*next(iter(targets.values()))/100 - sum(gone[n]*g.size for n, g in groups.items())
             ask = dict.fromkeys(groups, max(0., 100*left/sum(g.numel for g in groups.values())))
@@ -147,9 +165,15 @@ class Pruner:
     def least(self, group): # units that max_sparsity leaves
         return math.ceil(len(group.roots)*(1 - self.max_sparsity/100) - 1e-9)
 
+    def _share_out(self, groups, sparsity, alive): # by an allocator, of the units that there were at first
+        if sum(g.numel for g in groups.values()) <= sum(len(g.roots)*g.size for g in groups.values())*(1 - sparsity/100): return alive # gone already
+        items = {n: [_FirstScores(g, self.criteria, self.scores(g))] for n, g in groups.items()}
+        keeps = allocate(items, dict.fromkeys(groups, sparsity), self.context, {n: self.step(g) for n, g in groups.items()}, self.min_kept, self.max_sparsity)
+        for n, (keep,) in keeps.items(): alive[groups[n].roots[~keep.cpu().numpy()]] = False
+        return alive
+
     def _allocate(self, items, ask):
-        step = {n: self.step(it[0].units) for n, it in items.items()}
-        keeps = {}
+        step, keeps = {n: self.step(it[0].units) for n, it in items.items()}, {}
         for r in sorted(set(step.values())): # layers with another multiple do not trade with these
             part = {n: it for n, it in items.items() if step[n] == r and it[0].n >= r}
             most = {n: max(0., 100*(1 - self.least(s.units)/s.units.n)) for n, (s,) in part.items()} # of what is left

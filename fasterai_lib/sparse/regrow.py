@@ -9,6 +9,7 @@ __all__ = ['erk', 'exchange', 'RegrowCallback']
 import torch
 from torch import nn
 
+from ..core.allocators import erk_shares
 from ..core.criteria import Criteria, as_criteria
 from ..core.granularity import Tile
 from ..core.masks import Masks, masks_of
@@ -25,15 +26,8 @@ def erk(
     exclude: 'str | tuple' = (), # Names or globs of layers to leave alone
 ) -> dict: # Layer name to percent, for `Sparsifier`, `SparsifyCallback` and `RegrowCallback`
     "Sparsities by Erdős–Rényi kernels: what is kept of a layer is proportional to the sum of its dimensions (Evci et al., 2020)"
-    layers = {n: [s for u in us for s in u.shares] for n, us in layers_of(model, 'weight', layer_type, exclude).items()}
-    size, sums = ({n: sum(f(s.param) for s in ss) for n, ss in layers.items()} for f in (torch.Tensor.numel, lambda p: sum(p.shape)))
-    kept, dense = sum(size.values())*(1 - as_percent(sparsity)/100), set()
-    while True: # a layer that would get more than it has is dense; the others share the rest
-        rest = [n for n in layers if n not in dense]
-        scale = (kept - sum(size[n] for n in dense))/max(sum(sums[n] for n in rest), 1)
-        full = {n for n in rest if scale*sums[n] > size[n]}
-        if not full: return {n: 0. if n in dense else 100*(1 - scale*sums[n]/size[n]) for n in layers}
-        dense |= full
+    shapes = {n: [tuple(s.param.shape) for u in us for s in u.shares] for n, us in layers_of(model, 'weight', layer_type, exclude).items()}
+    return {n: 100*(1 - kept) for n, kept in erk_shares(shapes, 1 - as_percent(sparsity)/100).items()}
 
 # %% ../../nbs/sparse/regrow.ipynb #ed950350
 def _probe(criteria, w): # its scores for weights w, were their gradients all different
@@ -42,10 +36,11 @@ def _probe(criteria, w): # its scores for weights w, were their gradients all di
 
 def _lanes(units, context): # which units compete: their positions, a row per lane
     shape, at = units.grid.shape, torch.arange(units.n)
-    if not context.m and context.name != 'per_row': return at[None]
-    last = context._along(units) if context.m else [d for d in range(len(shape)) if d not in units.dims(*units.out)]
+    size = context.m or context.tile
+    if not size and context.name != 'per_row': return at[None]
+    last = context._along(units) if size else [d for d in range(len(shape)) if d not in units.dims(*units.out)]
     at = at.view(shape).permute([d for d in range(len(shape)) if d not in last] + list(last))
-    return at.reshape(-1, context.m) if context.m else at.flatten(-len(last)).flatten(0, -2)
+    return at.reshape(-1, size) if size else at.flatten(-len(last)).flatten(0, -2)
 
 def exchange(
     keep: torch.Tensor, # Boolean, [lanes, units]: which are in use

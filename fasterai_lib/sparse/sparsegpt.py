@@ -19,7 +19,8 @@ from .sparsifier import Sparsifier
 # %% ../../nbs/sparse/sparsegpt.ipynb #39f306dd
 def _plan(model, sparsity, granularity, context, layer_type, exclude, least):
     asked = Sparsifier(model, granularity, context, 'large_final', layer_type, exclude)
-    if asked.context.name == 'global': raise ValueError("context 'global': layers are decided one after the other, so none can compete with the next; use 'local' with a dict of sparsities (those of a global plan by magnitude, for example)")
+    if asked.context.tile: raise ValueError(f"context {asked.context.name!r} is not known here; allowed: local, per_row, n:m")
+    if asked.context.shared: raise ValueError(f"context {asked.context.name!r}: layers are decided one after the other, so none can compete with the next; use 'local' with a dict of sparsities (those of a global plan by magnitude, for example)")
     if asked.context.m and asked.context.axis != 'i': raise ValueError(f"context {asked.context.name!r}: neighbours lie along axis i here")
     targets = asked.targets(sparsity)
     asked.check(targets)

@@ -43,7 +43,7 @@ class Sparsifier:
     def __init__(self,
         model: nn.Module,
         granularity: 'str | Tile | dict', # What is removed together: a name in `Granularities`, a `Tile`, or a dict from layer type to either
-        context: 'str | Context | None', # Which units compete: `'local'`, `'global'`, `'per_row'` or `'n:m'`; None for the criterion's own
+        context: 'str | Context | None', # Which units compete: `'local'`, `'global'`, `'per_row'`, `'n:m'`, `'balanced 16'`, or a name in `allocators`; None for the criterion's own
         criteria: 'str | Criteria', # Which go first
         layer_type: 'type | tuple' = nn.Conv2d, # Layers to sparsify
         exclude: 'str | tuple' = (), # Names or globs of layers to leave alone
@@ -100,14 +100,14 @@ class Sparsifier:
         "What is asked of each layer"
         names = self.names
         if isinstance(sparsity, dict):
-            if self.context.name == 'global': raise ValueError("a dict of sparsities needs context='local': in 'global' all layers share one sparsity")
+            if self.context.shared: raise ValueError(f"a dict of sparsities needs context='local': in {self.context.name!r} all layers share one sparsity")
             for key in sparsity:
                 if not any(fnmatchcase(n, str(key)) for n in names): raise ValueError(f"sparsity: no layer matches {key!r}; {suggest(key, names)}")
             values = {k: as_percent(v, f'sparsity of {k!r}') for k, v in sparsity.items()}
             asked = {n: values[n] if n in values else next(v for k, v in values.items() if fnmatchcase(n, str(k)))
                      for n in names if any(fnmatchcase(n, str(k)) for k in values)}
         if isinstance(sparsity, (list, tuple)):
-            if self.context.name == 'global': raise ValueError("a list of sparsities needs context='local': in 'global' all layers share one sparsity")
+            if self.context.shared: raise ValueError(f"a list of sparsities needs context='local': in {self.context.name!r} all layers share one sparsity")
             if len(sparsity) != len(names): raise ValueError(f"sparsity: got {len(sparsity)} values for {len(names)} layers: {', '.join(names)}")
             asked = {n: as_percent(v, f'sparsity of {n!r}') for n, v in zip(names, sparsity)}
         if not isinstance(sparsity, (dict, list, tuple)): asked = dict.fromkeys(names, as_percent(sparsity))
@@ -116,15 +116,15 @@ class Sparsifier:
     def check(self, targets: dict, round_to: int = None):
         "Raise where `targets` cannot be final for this context"
         _whole(round_to, 'round_to', 1)
-        if round_to and (self.context.m or self.context.name == 'per_row'): raise ValueError(f"round_to does not go with context {self.context.name!r}")
+        if round_to and (self.context.m or self.context.tile or self.context.name == 'per_row'): raise ValueError(f"round_to does not go with context {self.context.name!r}")
         for n, s in targets.items():
             units = sum(u.n for u in self.layers[n])
             if round_to and s and units < round_to: raise ValueError(f"{n}: has {units} units, so what remains cannot be a multiple of round_to={round_to}")
             if self.context.m and abs(s - self.context.limit) > 1e-6: raise ValueError(f"{n}: context {self.context.name!r} means a sparsity of {self.context.limit:g} %, got {s:g}")
-            if s > self.max_sparsity and self.context.name != 'global': raise ValueError(f"{n}: sparsity {s:g} is above max_sparsity={self.max_sparsity:g}")
+            if s > self.max_sparsity and not self.context.shared: raise ValueError(f"{n}: sparsity {s:g} is above max_sparsity={self.max_sparsity:g}")
             if s == 100 and (self.min_kept or round_to): raise ValueError(f"{n}: 100 % leaves nothing, but {f'min_kept={self.min_kept}' if self.min_kept else f'round_to={round_to}'}")
             left = units - int(s*units/100 + .5)
-            if self.min_kept and left < self.min_kept <= units and self.context.name != 'global': raise ValueError(f"{n}: {s:g} % leaves {left} of {units} units, fewer than min_kept={self.min_kept}")
+            if self.min_kept and left < self.min_kept <= units and not self.context.shared: raise ValueError(f"{n}: {s:g} % leaves {left} of {units} units, fewer than min_kept={self.min_kept}")
             if self.min_kept and self.min_kept > units: raise ValueError(f"{n}: has {units} units, fewer than min_kept={self.min_kept}")
 
     def decide(self,
@@ -152,7 +152,7 @@ class Sparsifier:
             for p, w in saved.values(): p.data.copy_(w)
 
     def _sparsity(self, n): # in percent, that the masks remove now; of all layers together in global
-        us = [u for m in self.layers for u in self.layers[m] if m == n or self.context.name == 'global']
+        us = [u for m in self.layers for u in self.layers[m] if m == n or self.context.shared]
         gone = sum(self.masks.masks[s.name].dead() for u in us for s in u.shares if s.name in self.masks)
         return 100*gone/sum(u.numel for u in us)
 
@@ -203,7 +203,7 @@ class Sparsifier:
         name = m if isinstance(m, str) else next((n for n, x in self.model.named_modules() if x is m), None)
         if name not in self.layers: raise ValueError(f"{name or type(m).__name__!r} is not a layer of this sparsifier; {suggest(name, list(self.layers))}")
         targets, context = {name: as_percent(sparsity)}, self.context
-        if context.name == 'global': self.context = as_context('local') # a layer alone competes with itself
+        if context.shared: self.context = as_context('local') # a layer alone competes with itself
         try:
             self.check(targets, round_to)
             masks = self.decide(targets, round_to)

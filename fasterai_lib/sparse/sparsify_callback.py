@@ -92,7 +92,7 @@ class SparsifyCallback(MaskCallback):
     def __init__(self,
         sparsity: 'float | list | dict', # In percent: one, a list with one per layer, or a dict by layer name or glob
         granularity: 'str | Tile | dict', # What is removed together: a name in `Granularities`, a `Tile`, or a dict from layer type to either
-        context: 'str | Context | None', # Which units compete: `'local'`, `'global'`, `'per_row'` or `'n:m'`; None for the criterion's own
+        context: 'str | Context | None', # Which units compete: `'local'`, `'global'`, `'per_row'`, `'n:m'`, `'balanced 16'`, or a name in `allocators`; None for the criterion's own
         criteria: 'str | Criteria', # Which go first; those that look at data see what training computes
         schedule: 'str | Schedule', # When: a `Schedule`, its name, or any fastai annealer
         lth: bool = False, # Lottery ticket: at each change of sparsity, put what is left back to where it was at `rewind_epoch`?
@@ -215,7 +215,7 @@ class SparsifyCallback(MaskCallback):
     # --- what is asked, and what is there
 
     @property
-    def _global(self): return self.sparsifier.context.name == 'global'
+    def _global(self): return self.sparsifier.context.shared
 
     @property
     def current(self) -> float: # in percent, over the layers of this callback
