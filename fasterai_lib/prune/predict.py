@@ -61,7 +61,9 @@ class Predictor:
         for op in rec.ops:
             leaves, tree = tree_flatten((op.args, op.kwargs, op.outs))
             self.ops[op.func, tree, tuple(map(cell, leaves))] += 1
-        self.counted = {k: n for k, n in self.ops.items() if self._macs(k, self.n)}
+        self.axes = {k: list(dict.fromkeys(a for c in k[2] if isinstance(c, _Cell) for a in c.axes if a.parts)) for k in self.ops} # those that may shrink
+        self.counted = [(f, n) for k, n in self.ops.items() if (f := self._product(k))]
+        self.growing = {a for (_, axes), _ in self.counted for a in axes}
         self.timed = {k: n for k, n in self.ops.items() if not _is_view(k[0])}
 
     def _axes(self, labels, shape): return tuple(self._axis(a, s) for a, s in zip(labels or [None]*len(shape), shape))
@@ -76,7 +78,13 @@ class Predictor:
     def _at(self, key, size): # the operator with other sizes: (args, kwargs, outs) with a `Spec` for each tensor
         func, tree, leaves = key
         return tree_unflatten([x.spec(size) if isinstance(x, _Cell) else x for x in leaves], tree)
-    def _macs(self, key, counts): return op_macs(key[0], *self._at(key, lambda a: a(counts)))
+    def _product(self, key): # its multiply-accumulates: a constant, and the axes with which they grow
+        now = {a: a(self.n) for a in self.axes[key]}
+        macs = lambda sizes: op_macs(key[0], *self._at(key, lambda a: sizes.get(a, a.fixed)))
+        first = macs(now)
+        if not first: return None
+        power = {a: round(math.log2(macs({**now, a: 2*n})/first)) for a, n in now.items()}
+        return first/math.prod(now[a]**e for a, e in power.items()), [a for a, e in power.items() for _ in range(e)]
     def _bytes(self, counts, persistent=False):
         counts = counts or self.n
         return sum(math.prod(a(counts) for a in axes)*size for axes, size, _, kept in self.tensors if kept or not persistent)
@@ -99,7 +107,8 @@ class Predictor:
     def macs(self, counts: dict = None # Group name to units that are left
              ) -> int: # For the whole batch
         "Multiply-accumulates of one run"
-        return sum(n*self._macs(k, counts or self.n) for k, n in self.counted.items())
+        sizes = {a: a(counts or self.n) for a in self.growing}
+        return sum(n*c*math.prod([sizes[a] for a in axes]) for (c, axes), n in self.counted)
 
     def activations(self, counts: dict = None # Group name to units that are left
                     ) -> int: # Bytes
@@ -132,8 +141,7 @@ class Predictor:
         return sum(n*self._seconds(k, counts or self.n) for k, n in self.timed.items())
 
     def _seconds(self, key, counts): # interpolated between the sizes that are measured
-        axes = list(dict.fromkeys(a for c in key[2] if isinstance(c, _Cell) for a in c.axes if a.parts))
-        around = []
+        axes, around = self.axes[key], []
         for a in axes:
             v, most = a(counts), a(self.n)
             step = max(1, -(-most//self.points))
