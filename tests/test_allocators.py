@@ -13,8 +13,10 @@ from torch import nn
 
 from fasterai_lib.core.allocation import _contexts, _simple, as_context
 from fasterai_lib.core.allocators import Problem, allocate, allocators, erk_shares
+from fasterai_lib.core.granularity import Tile
 from fasterai_lib.core.schedule import agp
 from fasterai_lib.core.units import layers_of
+from fasterai_lib.prune.prune_callback import PruneCallback
 from fasterai_lib.prune.pruner import Pruner
 from fasterai_lib.sparse.regrow import erk
 from fasterai_lib.sparse.sparsifier import Sparsifier
@@ -439,3 +441,31 @@ def test_balanced_tiles():
             k = Sparsifier(m, 'weight', context, 'large_final', exclude=('2',)).plan(asked)['0.weight'].full(m[0].weight.shape).movedim(axis, -1).reshape(-1, size)
             assert k.sum(1).max() - k.sum(1).min() <= 1 and int((~k).sum()) == math.floor(asked*k.numel()/100 + .5)
     assert as_context('balanced') == as_context('per_row')
+
+
+@pytest.mark.parametrize('name', [n for n in _simple() if n != 'balanced'])
+@pytest.mark.parametrize('granularity', ['weight', 'row', dict(i=5)])
+def test_layers_of_several_weights_and_uneven_blocks(name, granularity):
+    "Rows of 8 in blocks of 5 and 3, and layers with more than one weight: what is asked to within a unit, and each weight keeps one"
+    m = nn.ModuleDict(dict(lstm=nn.LSTM(8, 6), attention=nn.MultiheadAttention(8, 2), linear=nn.Linear(8, 12)))
+    with torch.no_grad():
+        for i, p in enumerate(m.parameters()): p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    tile = Tile(**granularity) if isinstance(granularity, dict) else granularity
+    s = Sparsifier(m, tile if granularity != dict(i=5) else {nn.Linear: tile, nn.MultiheadAttention: 'weight', nn.LSTM: 'row'}, name, 'l2', (nn.LSTM, nn.MultiheadAttention, nn.Linear))
+    one = max(int(u.sizes().max()) for us in s.layers.values() for u in us)
+    for asked in (10, 50, 77):
+        masks = s.sparsify_model(asked)
+        assert abs(sum(dead(s, masks).values()) - asked*total(s)/100) <= one
+    masks = s.plan(99)
+    assert all(masks[x.name].keep.any() for us in s.layers.values() for u in us for x in u.shares)
+
+
+@pytest.mark.parametrize('name', ['uniform', 'erk', 'knapsack'])
+def test_whole_units_in_training(make, name):
+    learn = make(model=conv_net())
+    cb = PruneCallback(50, name, 'l1', agp)
+    widths, at = [], lambda: [len(m.weight) for m in learn.model.modules() if isinstance(m, nn.Conv2d)]
+    learn.fit(2, .01, cbs=[cb, Do('after_batch', lambda l: widths.append(at()) if l.training else None, order=1000)])
+    assert all(a >= b for x, y in zip(widths, widths[1:]) for a, b in zip(x, y)) and widths[0] != widths[-1]
+    gone, biggest = 1 - sum(cb.groups[n].numel for n in cb.targets)/sum(cb.weights.values()), max(cb.groups[n].size for n in cb.targets)
+    assert 0 <= gone*sum(cb.weights.values()) - .5*sum(cb.weights.values()) <= biggest
