@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/all.ipynb #cee45894
 from .core.allocation import Context
+from .core.allocators import Allocation, Problem, allocate, allocator, allocators, erk_shares, reach
 from .core.attribution import attribute, attribution_criteria, shapley
 from .core.collect import Collector, collect
 from .core.cost import Cost, compare, cost, positions, quantities

@@ -70,7 +70,7 @@ class _Table: # of each group: the counts that it may keep, what they are worth,
             i = int(np.searchsorted(k, near[g]))
             levels = sorted({0, *range(max(i - reach_, 0), min(i + reach_ + 1, len(k)))})
             exact &= len(levels) == len(k)
-            c, new, take = np.ceil(costs[g]/unit - 1e-6).astype(np.int64), np.full(R + 1, -np.inf), np.zeros(R + 1, np.int32)
+            c, new, take = np.ceil(np.minimum(costs[g]/unit, R + 2) - 1e-6).astype(np.int64), np.full(R + 1, -np.inf), np.zeros(R + 1, np.int32)
             for j in levels:
                 if c[j] > R: break
                 v = best[:R + 1 - c[j]] + self.worth[g][j]
@@ -85,7 +85,7 @@ class _Table: # of each group: the counts that it may keep, what they are worth,
 
 # %% ../../nbs/core/knapsack.ipynb #f88b1179
 @allocator('knapsack')
-def _knapsack(problem, budget, grains=10_000, iterations=10, points=512, swaps=3000):
+def _knapsack(problem, budget, grains=10_000, iterations=10, points=512, swaps=1000):
     p = problem
     p.check(budget)
     lift = min(0., min(float(s.min()) for s in p.scores.values() if len(s)))
@@ -109,7 +109,7 @@ def _knapsack(problem, budget, grains=10_000, iterations=10, points=512, swaps=3
         best = max(best, now, key=total)
         if now in seen: break
         seen.append(now)
-        table = _Table(p, worth, now, points)
+        table = _Table(p, worth, now, min(points, 17)) # near the answer, lines will do
     return Allocation(best := _swapped(p, best, worth, budget, swaps), dict(worth=total(best), bound=None, gap=None, optimal=False))
 
 def _filled(p, kept, worth, budget): # with whatever still fits, the best first
@@ -118,14 +118,20 @@ def _filled(p, kept, worth, budget): # with whatever still fits, the best first
     for g in sorted(kept, key=gain, reverse=True): kept[g] = furthest(p, kept, g, p.most[g], budget)
     return kept
 
-def _swapped(p, kept, worth, budget, tries): # a step more of one group for a step less of another, as long as that is worth more
+def _swapped(p, kept, worth, budget, tries, of=12): # a step more of one group for less of another, or a step less for more, as long as that is worth more
     kept = _filled(p, kept, worth, budget)
     while tries > 0:
-        ups = {g: (u, worth[g][u] - worth[g][k]) for g, k in kept.items() if (u := p.above(g, k)) is not None}
-        downs = {g: (d, worth[g][k] - worth[g][d]) for g, k in kept.items() if k > p.low(g) for d in [p.below(g, k - 1)]}
-        swaps = sorted(((gain - loss, g, u, h, d) for g, (u, gain) in ups.items() for h, (d, loss) in downs.items() if g != h and gain > loss + 1e-12*abs(gain)), key=lambda s: -s[0])[:tries]
-        tries -= max(len(swaps), 1)
-        found = next(({**kept, g: u, h: d} for _, g, u, h, d in swaps if p.fits({**kept, g: u, h: d}, budget)), None)
+        now, best, found, cost = {g: worth[g][k] for g, k in kept.items()}, 1e-12, None, p.cost(kept)
+        def rate(g, k): return (worth[g][k] - now[g])/((p.cost({**kept, g: k}) - cost) or 1e-300) # worth per cost of a step
+        more = {g: u for g, k in kept.items() if (u := p.above(g, k)) is not None}
+        less = {g: p.below(g, k - 1) for g, k in kept.items() if k > p.low(g)}
+        more, less = sorted(more.items(), key=lambda m: -rate(*m))[:of], sorted(less.items(), key=lambda m: rate(*m))[:of] # the most promising
+        for (g, k), h, up in [(m, h, True) for m in more for h, _ in less] + [(m, h, False) for m in less for h, _ in more]:
+            new = {**kept, g: k, **({h: p.low(h)} if up else {})}
+            if g == h or tries <= 0 or not p.fits(new, budget): continue
+            tries -= 1
+            new[h] = furthest(p, new, h, kept[h] if up else p.most[h], budget)
+            if (gain := sum(worth[x][new[x]] - now[x] for x in (g, h))) > best: best, found = gain, new
         if found is None: break
         kept = _filled(p, found, worth, budget)
     return kept
