@@ -365,27 +365,43 @@ def test_fastai_as_plain_pytorch(make):
     for k, v in net.state_dict().items(): torch.testing.assert_close(v, learn.model.state_dict()[k])
 
 
-def test_resume_is_as_if_nothing_had_been(make):
+@pytest.mark.parametrize('by_callback', [True, False])
+def test_resume_is_as_if_nothing_had_been(make, by_callback):
+    "Also when the optimizer was made before the cells came in: its state goes by the order of the parameters"
     cells = {'0': PruneCell('Gradual', threshold=.6, stepsize='2 steps'), '2': gradual()}
     def begin():
         learn = make()
         attach(learn, cells)
         return learn
     a = begin(); a.fit(4, 1e-1)
-    b = begin(); b.fit(2, 1e-1); b.save('half')
+    b = make() if by_callback else begin()
+    b.fit(2, 1e-1, cbs=PruneCellCallback(cells) if by_callback else None)
+    b.save('half')
     c = begin(); c.load('half'); c.fit(4, 1e-1, start_epoch=2)
     assert get_current_threshold(c) == {'0': pytest.approx(.4), '2': .5}
     for k, v in a.model.state_dict().items(): torch.testing.assert_close(v, c.model.state_dict()[k], rtol=0, atol=0)
 
 
+class Score(Metric):
+    "Says that the first epochs are the best"
+    def reset(self): pass
+    def accumulate(self, learn): self.epoch = learn.epoch
+    @property
+    def value(self): return [.9, .8, .7, .6, .4, .5][self.epoch]
+    @property
+    def name(self): return 'score'
+
+
 def test_best_model_comes_with_its_mask_and_is_as_sparse_as_the_last(make):
-    class Worse(Callback):
-        order = 50
-        def after_epoch(self): self.learn.recorder.log[2] = [.1, .2, .3, .4, .6, .5][self.epoch]
-    learn = make()
+    learn = make(metrics=Score())
     attach(learn, {'2': gradual(threshold=.4)})  # moves in epochs 0, 1, 2
-    learn.fit(6, 1e-2, cbs=[Worse(), SaveModelCallback(monitor='valid_loss')])
+    seen = {}
+    class Look(Callback):
+        order = 100
+        def after_epoch(self): seen[self.epoch] = {k: v.clone() for k, v in self.learn.model.state_dict().items()}
+    learn.fit(6, 1e-2, cbs=[Look(), SaveModelCallback(monitor='score')])
     assert get_current_threshold(learn) == {'2': .4} and masked(get_pruned_masks(learn)['2']) == ceil(.4, 288)
+    assert all(torch.equal(v, learn.model.state_dict()[k]) for k, v in seen[2].items())
 
 
 def test_detach_pickle_and_copies(make):
