@@ -31,9 +31,12 @@ from .prune.surgery import fold_batchnorm, prune_parameter, prune_units
 from .show.granularities import *
 from .show.report import SparsityReport
 from .sparse.admm import ADMMCallback
+from .sparse.cell import PruneCell
 from .sparse.compensate import compensate
 from .sparse.distill import DistillCallback
 from .sparse.movement import MovementCallback, SoftThresholdCallback
+from .sparse.prune_cell import PruneCellCallback, PruneCells, attach, detach, get_current_threshold, get_pruned_masks
+from .sparse.prune_ini import read_ini, write_ini
 from .sparse.recalibrate import recalibrate
 from .sparse.reconstruct import reconstruct
 from .sparse.refine import refine
