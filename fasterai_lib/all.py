@@ -27,6 +27,7 @@ from .prune.plan import Plan, load_plan, load_pruned, save_pruned
 from .prune.prune_callback import PruneCallback, shrink
 from .prune.pruner import Pruner
 from .prune.rules import rule, rules
+from .prune.sensitivity import Sensitivity, sensitivity_analysis
 from .prune.surgery import fold_batchnorm, prune_parameter, prune_units
 from .show.granularities import *
 from .show.report import SparsityReport
