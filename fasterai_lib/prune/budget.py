@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core.allocators import Problem, as_allocator, check_needs, highest
+from ..core.allocators import Problem, _highest, allocators, as_allocator, check_needs
 from ..core.cost import cost, positions, quantities
 from ..core.latency import LatencyTable, time_models
 from ..core.objective import Objective, as_objectives
@@ -73,7 +73,7 @@ class Budget:
     ):
         self.asked, objectives = objective, as_objectives(objective)
         if floors := [o for o in objectives if not o.is_cost]: raise ValueError(f"objective {floors[0].text!r}: metrics are for compress, which evaluates the model; a {type(pruner).__name__} knows costs")
-        self.pruner, self.table, self.tried, self.dense, self.inputs = pruner, table, [], dict(dense or {}), pruner.prover.inputs if inputs is None else inputs
+        self.pruner, self.table, self.tried, self.best, self.dense, self.inputs = pruner, table, [], {}, dict(dense or {}), pruner.prover.inputs if inputs is None else inputs
         names = ['latency' if o.name == 'throughput' else o.name for o in objectives]
         if missing := [n for n in names if n not in self.dense]: self.dense.update(measure(pruner.model, self.inputs, missing))
         self.reference = copy.deepcopy(pruner.model) if reference is None and 'latency' in names else reference
@@ -101,7 +101,7 @@ class Budget:
     def now(self): return self.pruner.graph.alive
     def chosen(self, counts) -> np.ndarray: # one boolean per label: in each group the highest scores stay
         alive = self.pruner.graph.alive.copy()
-        for k, g in self.groups.items(): alive[g.roots[g.alive][~highest(self.problem.scores[k], counts[k]).cpu().numpy()]] = False
+        for k, g in self.groups.items(): alive[g.roots[g.alive][~_highest(self.problem.scores[k], counts[k]).cpu().numpy()]] = False
         return alive
 
     def proof(self, alive): # can it go?
@@ -131,6 +131,7 @@ class Budget:
         self.scale, p = {}, self.pruner
         scores, size, shapes, least, most, step = self._groups()
         self.problem = Problem(scores, self.cost, size, shapes, least, most, step, self.loss if p.data is not None else None)
+        if p.context.name in allocators: check_needs(p.context.name, self.problem)
         now, low = self.measure(self.now()), self.problem.at(self.problem.low)
         self.scale = {g.name: v/self.predict(g.name, most) for g, v in zip(self.goals, now)}
         for g, final in zip(self.goals, self.final):
@@ -140,12 +141,15 @@ class Budget:
         return now
 
     # --- reaching it
+    @property
+    def allocator(self): return as_allocator({'local': 'uniform'}.get(self.pruner.context.name, self.pruner.context.name))
+
     def reach(self): # `chosen`: one boolean per label of the graph, or `Masks`
         "Choose, prove and measure, until the objective is met"
         p, best, tried, self.tried = self.pruner, None, [], []
-        choose = as_allocator({'local': 'uniform'}.get(p.context.name, p.context.name))
-        if all(v <= g.target for g, v in zip(self.goals, self.look())): return self.now()
-        check_needs(p.context.name, self.problem)
+        now, choose = self.look(), self.allocator
+        self.best = {g.name + end: x for g, v in zip(self.goals, now) for end, x in ((' asked', g.target), (' predicted', v), (' measured', v))}
+        if all(v <= g.target for g, v in zip(self.goals, now)): return self.now()
         while len(tried) < self.tries:
             counts = dict(choose(self.problem, 1.))
             if counts in tried: break # nothing new comes of it
@@ -153,10 +157,10 @@ class Budget:
             if not self.proof(chosen): self.look(); continue # some of it cannot go: choose among the others
             tried.append(counts)
             said, got = [self.predict(g.name, counts) for g in self.goals], self.measure(chosen)
-            self.tried.append({k: v for g, s, v in zip(self.goals, said, got) for k, v in ((g.name, g.target), (f'{g.name} predicted', s), (f'{g.name} measured', v))})
+            self.tried.append({g.name + end: x for g, s, v in zip(self.goals, said, got) for end, x in ((' asked', g.target), (' predicted', s), (' measured', v))})
             off = max(v/g.target - 1 for g, v in zip(self.goals, got)) # of what is furthest from its target
             fits = all(v <= g.target*(1 + (1e-9 if g.counted else g.tolerance)) for g, v in zip(self.goals, got))
-            if fits and (best is None or abs(off) < abs(best[0])): best = off, chosen
+            if fits and (best is None or abs(off) < abs(best[0])): best, self.best = (off, chosen), self.tried[-1]
             if fits and abs(off) <= (.01 if all(g.counted for g in self.goals) else .03): break
             for g, s, v in zip(self.goals, said, got): self.scale[g.name] *= v/s
         if best is None: raise ValueError(f"{self}: no model found that meets it in {len(tried)} tries; the last is at {', '.join(f'{100*v/g.target:.1f} % of the {g.objective.name} asked for' for g, v in zip(self.goals, got))}")
