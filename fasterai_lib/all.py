@@ -13,7 +13,7 @@ from .core.cost import Cost, compare, cost, positions, quantities
 from .core.criteria import *
 from .core.data_criteria import *
 from .core.granularity import Granularities, Tile, spans
-from .core.latency import measure_latencies, measure_latency
+from .core.latency import LatencyTable, Spec, measure_latencies, measure_latency
 from .core.masks import Mask, Masks
 from .core.schedule import *
 from .core.units import Units, layers_of, units_of

@@ -4,20 +4,27 @@
 
 # %% auto #0
 __all__ = ['Timing', 'check_runs', 'measure_latencies', 'examples', 'run_model', 'check_measurable', 'where', 'time_models',
-           'measure_latency']
+           'measure_latency', 'Spec', 'LatencyTable']
 
 # %% ../../nbs/core/latency.ipynb #7194259a
 import gc
+import json
 import math
+import os
+import platform
+import re
 import statistics
+import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .. import __version__
 from .running import call_model, untouched
 
 # %% ../../nbs/core/latency.ipynb #3106e576
@@ -56,7 +63,7 @@ def _clock(device): # when all that was asked of the device is done
 @contextmanager
 def _no_collection(): # Python's garbage collector would hit one run and not another
     was = gc.isenabled()
-    gc.collect(); gc.disable()
+    gc.disable()
     try: yield
     finally:
         if was: gc.enable()
@@ -91,11 +98,12 @@ def measure_latencies(
     with _no_collection():
         for f in jobs*warmup: f()
         end = _clock(device) + seconds*len(jobs)
+        soon = end - .9*seconds*len(jobs) # steady for a moment is not steady
         while True:
             for f, taken in (zip(jobs, times) if len(times[0]) % 2 == 0 else reversed(list(zip(jobs, times)))):
                 start = _clock(device); f(); taken.append(_clock(device) - start)
             n = len(times[0])
-            if n >= repeats if repeats else n >= 5 and (time.perf_counter() > end or n % 5 == 0 and all(map(_steady, times))): break
+            if n >= repeats if repeats else n >= 5 and ((now := time.perf_counter()) > end or n % 5 == 0 and now > soon and all(map(_steady, times))): break
     return [Timing(t, threads=torch.get_num_threads(), device=str(device)) for t in times]
 
 # %% ../../nbs/core/latency.ipynb #98e459c9
@@ -158,3 +166,123 @@ def measure_latency(
 ) -> Timing:
     "How long a model takes for one batch"
     return time_models([(model, example_inputs)], repeats=repeats, seconds=seconds, warmup=warmup)[0]
+
+# %% ../../nbs/core/latency.ipynb #bc1db7d3
+@dataclass(frozen=True)
+class Spec:
+    "A tensor that is not there: only what its speed depends on"
+    shape: tuple
+    dtype: str = 'float32'
+    order: tuple = None # Dimensions from the slowest to the fastest in memory, such as (0, 2, 3, 1) for channels last; None for the usual order
+
+    @classmethod
+    def of(cls,
+        t # A tensor, or anything with a `.shape`; a `.dtype` and strides are used where there are any
+    ):
+        "That of a tensor"
+        if isinstance(t, cls): return t
+        dtype, order = str(getattr(t, 'dtype', 'float32')).removeprefix('torch.'), None
+        if isinstance(t, torch.Tensor) and t.layout == torch.strided: order = tuple(sorted(range(t.ndim), key=lambda d: -t.stride(d)))
+        return cls(tuple(t.shape), dtype, None if order == tuple(range(len(t.shape))) else order)
+
+    def make(self,
+        device='cpu',
+        generator=None, # Of random numbers
+    ) -> torch.Tensor: # Floats from 0.5 to 1.5, whole numbers are 0
+        "A tensor like this"
+        order = self.order or tuple(range(len(self.shape)))
+        t = torch.zeros([self.shape[d] for d in order], dtype=getattr(torch, self.dtype), device=device)
+        if t.is_floating_point(): t.uniform_(.5, 1.5, generator=generator)
+        return t.permute([order.index(d) for d in range(len(order))])
+    def __str__(self): return f"{self.dtype}{list(self.shape)}" + (f"@{list(self.order)}" if self.order else '')
+
+def _specs(x): return tree_map(lambda t: Spec.of(t) if hasattr(t, 'shape') else t, x)
+
+def _device_name(device):
+    if device.type == 'cuda': return torch.cuda.get_device_name(device)
+    try: found = re.search(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.M)
+    except OSError: found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+class LatencyTable:
+    "Seconds of single operators on this machine, measured once and kept in a file"
+    def __init__(self,
+        path: 'str | Path | None' = None, # The file; by default one for this device, these versions and this number of threads, in the user's cache folder
+        device='cpu', # Where operators run
+        budget: float = .03, # Seconds to measure an operator for; at least 7 runs are
+        cold: int = 1 << 25, # Bytes of copies that all tensors but the first take turns in; more than a cache holds
+    ):
+        check_runs(None, budget, 0)
+        self.device, self.budget, self.cold, self.threads, self.entries = torch.device(device), budget, cold, torch.get_num_threads(), {}
+        name = re.sub(r'[^\w.+]+', '-', f"{_device_name(self.device)} torch {torch.__version__} fasterai_lib {__version__} {self.threads} threads").strip('-')
+        self.path = Path(path) if path is not None else Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'fasterai_lib'/'latency'/f'{name}.json'
+        self.entries = self._read()
+
+    def _read(self):
+        try: found = json.loads(self.path.read_text(encoding='utf-8'))
+        except FileNotFoundError: return {}
+        except (ValueError, OSError) as e: raise ValueError(f"{self.path} is not a table of latencies ({type(e).__name__}: {e}); delete it, or pass another path=") from e
+        if not isinstance(found, dict) or not all(isinstance(v, float) and 0 < v < math.inf for v in found.values()): raise ValueError(f"{self.path} is not a table of latencies, which maps operators to seconds; delete it, or pass another path=")
+        return found
+
+    def _write(self): # whole or not at all; what another process has added stays
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.entries = (self._read() if self.path.exists() else {}) | self.entries
+        with tempfile.NamedTemporaryFile('w', dir=self.path.parent, prefix=self.path.name, suffix='.tmp', delete=False, encoding='utf-8') as f: json.dump(self.entries, f, indent=0)
+        os.replace(f.name, self.path)
+
+    def seconds(self,
+        func, # ATen operator, such as `torch.ops.aten.convolution.default`
+        args: tuple, # Its arguments, with `Spec`s, tensors, or anything that has a `.shape` for tensors
+        kwargs: dict = None, # Its keyword arguments
+    ) -> float:
+        "What one call takes: from the table, or measured now"
+        if not isinstance(func, torch._ops.OpOverload): raise TypeError(f"func must be an ATen operator, such as torch.ops.aten.mm.default, got {func!r}")
+        if torch.get_num_threads() != self.threads: raise ValueError(f"this table is for {self.threads} threads, now there are {torch.get_num_threads()}: make a new LatencyTable")
+        args, kwargs = _specs(tuple(args)), _specs(kwargs or {})
+        text = lambda x: f"[{', '.join(map(text, x))}]" if isinstance(x, (tuple, list)) else str(x) if isinstance(x, Spec) else repr(x)
+        key = f"{func}({', '.join([*map(text, args), *(f'{k}={text(v)}' for k, v in kwargs.items())])})"
+        if key not in self.entries: self.entries[key] = self._measure(func, args, kwargs, key); self._write()
+        return self.entries[key]
+
+    def _measure(self, func, args, kwargs, key):
+        g = torch.Generator(self.device).manual_seed(0)
+        made = lambda x: tree_map(lambda t: t.make(self.device, g) if isinstance(t, Spec) else t, x)
+        size = sum(math.prod(s.shape)*getattr(torch, s.dtype).itemsize for s in tree_leaves((args[1:], kwargs)) if isinstance(s, Spec))
+        first, times, changes = made(args[:1]), [], func._schema.is_mutable
+        turns = [(made(args[1:]), made(kwargs)) for _ in range(min(16, max(1, self.cold//max(size, 1))) if size else 1)]
+        fresh = made(args[:1]) if changes else None
+        with torch.no_grad(), _no_collection():
+            try:
+                for rest, named in (turns*2)[:max(3, len(turns))]: func(*first, *rest, **named)
+            except Exception as e: raise ValueError(f"{key} does not run: {type(e).__name__}: {e}") from e
+            end = _clock(self.device) + self.budget
+            while len(times) < 7 or time.perf_counter() < end:
+                rest, named = turns[len(times) % len(turns)]
+                if changes: tree_map(lambda a, b: a.copy_(b) if isinstance(a, torch.Tensor) else a, first, fresh)
+                start = _clock(self.device); func(*first, *rest, **named); times.append(_clock(self.device) - start)
+        return statistics.quantiles(times, n=4)[0] # it stays in the file: what else the machine did in between must not
+
+    def staircase(self,
+        func, # ATen operator
+        args: tuple, # Its arguments, as for `seconds`
+        sizes: list, # Sizes to try
+        at: list, # Where the size goes: (position of the argument, dimension) pairs
+        kwargs: dict = None, # Its keyword arguments
+    ) -> dict: # Size to seconds
+        "What the operator takes for each size of a dimension"
+        args, found = list(_specs(tuple(args))), {}
+        for i, d in at:
+            if not (0 <= i < len(args) and isinstance(args[i], Spec) and -len(args[i].shape) <= d < len(args[i].shape)): raise ValueError(f"at: {(i, d)} is not (position of a tensor among the {len(args)} arguments, one of its dimensions)")
+        for n in sizes:
+            now = list(args)
+            for i, d in at: now[i] = replace(now[i], shape=tuple(n if k == d % len(now[i].shape) else v for k, v in enumerate(now[i].shape)))
+            found[n] = self.seconds(func, tuple(now), kwargs)
+        return found
+
+    def clear(self):
+        "Forget everything, in the file too"
+        self.entries = {}
+        self.path.unlink(missing_ok=True)
+    def __len__(self): return len(self.entries)
+    def __repr__(self): return f"LatencyTable of {len(self)} operators ({self.threads} thread{'s'*(self.threads > 1)}, {self.device}, PyTorch {torch.__version__})"
