@@ -473,6 +473,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'fasterai_lib/core/latency.py'),
                                            'fasterai_lib.core.latency.LatencyTable.__repr__': ( 'core/latency.html#latencytable.__repr__',
                                                                                                 'fasterai_lib/core/latency.py'),
+                                           'fasterai_lib.core.latency.LatencyTable._key': ( 'core/latency.html#latencytable._key',
+                                                                                            'fasterai_lib/core/latency.py'),
                                            'fasterai_lib.core.latency.LatencyTable._measure': ( 'core/latency.html#latencytable._measure',
                                                                                                 'fasterai_lib/core/latency.py'),
                                            'fasterai_lib.core.latency.LatencyTable._read': ( 'core/latency.html#latencytable._read',
