@@ -95,10 +95,10 @@ class PruneCell:
         size = w.detach().abs().flatten()
         size = size if size.dtype == torch.float64 else size.float()
         if not size.isfinite().all(): raise ValueError(f"{name or 'weights'}: {int((~size.isfinite()).sum())} of {len(size)} weights are NaN or infinite and cannot be ranked")
-        flat.fill_(True)
-        values, order = size.sort(stable=True) # of equal ones the first goes first
-        if self.exact: flat[order[:m]] = False
-        elif m: flat = size > self._edge(float(values[m - 1]), size.dtype)
+        if not m: return torch.ones_like(flat).view(w.shape)
+        v = size.kthvalue(m).values # the highest that goes
+        flat = size > (v if self.exact else self._edge(float(v), size.dtype))
+        if self.exact: flat[(size == v).nonzero().squeeze(1)[m - int((size < v).sum()):]] = True # of equal ones the first go first
         return flat.view(w.shape)
 
     def _edge(self, v, dtype): # k*delta, as the weights' type has it, for the smallest whole k >= 1 that is not below v
