@@ -183,7 +183,7 @@ class _Log: # rows that are known, in memory and perhaps in a file
 
 # %% ../../nbs/prune/sensitivity.ipynb #8d1cd3e6
 def _in_layer(s, name): # of a Sparsifier: percent to (percent delivered, weights that are zero, masks); and the weights
-    us, context = s.layers[name], s.context if s.context.m or s.context.name == 'per_row' else as_context('local') # a layer alone competes with itself
+    us, context = s.layers[name], as_context('local') if s.context.shared else s.context # a layer alone competes with itself
     items = []
     for u in us:
         alive = s.masks.masks[u.shares[0].name].keep.flatten().to(u.shares[0].param.device) if u.shares[0].name in s.masks else None
@@ -292,7 +292,7 @@ class _Held: # batches of a loader, drawn once
 @patch
 def sensitivity(self: Learner,
     granularity: 'str | Tile | dict' = None, # What is zeroed together, as for `Sparsifier`; single weights by default
-    context: 'str | Context' = 'local', # Which units of the layer compete: `'local'`, `'per_row'` or `'n:m'`
+    context: 'str | Context' = 'local', # Which units of the layer compete: `'local'`, `'per_row'`, `'balanced 16'` or `'n:m'`
     criteria: 'str | Criteria' = large_final, # Which go first; those that look at data see the training set
     sparsities: tuple = (10, 20, 30, 40, 50, 60, 70, 80, 90), # In percent: of the weights of a layer; of the units of a group
     remove: bool = False, # Whole units with all that is coupled to them, as a `Pruner` removes them?
