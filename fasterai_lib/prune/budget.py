@@ -112,7 +112,12 @@ class Budget:
     def tried_out(self, alive): return masked(self.pruner.model, self.pruner.graph.to_plan(alive)) # a context with zeros instead
 
     # --- what the allocator sees
-    def predict(self, name, counts): return getattr(self.predictor, self.like.get(name, name))(counts)*self.scale.get(name, 1.)
+    def predict(self, name, counts): # with what measuring has taught
+        factor, more = self.scale.get(name, (1., 0.))
+        return getattr(self.predictor, self.like.get(name, name))(counts)*factor + more
+    def learn(self, name, predicted, measured): # a latency has a part that no operator tells: what Python does in between
+        factor, more = self.scale.get(name, (1., 0.))
+        self.scale[name] = (factor, more + measured - predicted) if name == 'latency' and more + measured > predicted else (factor*measured/predicted, more*measured/predicted)
     def cost(self, counts): # of what is furthest from its target, as a share of it
         return max(self.predict(g.name, counts)/g.target for g in self.goals)
 
@@ -133,7 +138,8 @@ class Budget:
         self.problem = Problem(scores, self.cost, size, shapes, least, most, step, self.loss if p.data is not None else None)
         if p.context.name in allocators: check_needs(p.context.name, self.problem)
         now, low = self.measure(self.now()), self.problem.at(self.problem.low)
-        self.scale = {g.name: v/self.predict(g.name, most) for g, v in zip(self.goals, now)}
+        for g, v in zip(self.goals, now):
+            if g.name not in self.scale: self.learn(g.name, self.predict(g.name, most), v)
         for g, final in zip(self.goals, self.final):
             if (nearest := self.predict(g.name, low)) > final*(1 + g.tolerance*(not g.counted)):
                 raise ValueError(f"objective {g.objective.text!r} asks for {g.show(final)} of {g.show(g.dense)}; the nearest that is possible, with everything removed that can be removed, is {g.show(nearest)}: "
@@ -162,7 +168,7 @@ class Budget:
             fits = all(v <= g.target*(1 + (1e-9 if g.counted else g.tolerance)) for g, v in zip(self.goals, got))
             if fits and (best is None or abs(off) < abs(best[0])): best, self.best = (off, chosen), self.tried[-1]
             if fits and abs(off) <= (.01 if all(g.counted for g in self.goals) else .03): break
-            for g, s, v in zip(self.goals, said, got): self.scale[g.name] *= v/s
+            for name, s, v in {g.name: (g.name, s, v) for g, s, v in zip(self.goals, said, got)}.values(): self.learn(name, s, v)
         if best is None: raise ValueError(f"{self}: no model found that meets it in {len(tried)} tries; the last is at {', '.join(f'{100*v/g.target:.1f} % of the {g.objective.name} asked for' for g, v in zip(self.goals, got))}")
         return best[1]
 
@@ -205,7 +211,7 @@ class MaskBudget(Budget):
         self.predictor = _MaskCosts(self.units, {k: used.get(layer[k], 0) for k in self.units}, {q: total[q] for q in ('nonzero', 'effective_macs', 'disk_sparse')})
         alive = lambda u: p.masks.masks[u.shares[0].name].keep.flatten() if u.shares[0].name in p.masks else None
         self.items = {k: Scored(u, p.criteria, p.refs, alive(u)) for k, u in self.units.items()}
-        scores = {k: it.all() if it.alive is None else torch.where(it.alive.to(it.device), it.all(), -torch.inf) for k, it in self.items.items()}
+        scores = {k: it.all() if it.alive is None else torch.where(it.alive.to(it.device), it.all(), it.all().min() - 1) for k, it in self.items.items()} # what is zero stays zero
         least = {k: max(min(p.min_kept if p.min_kept is not None else 1, u.n), math.ceil(u.n*(1 - p.max_sparsity/100) - 1e-9)) for k, u in self.units.items()}
         return scores, {k: u.numel/u.n for k, u in self.units.items()}, {k: tuple(u.shares[0].param.shape) for k, u in self.units.items()}, least, {k: int(it.alive.sum()) if it.alive is not None else it.n for k, it in self.items.items()}, dict.fromkeys(self.units, 1)
 

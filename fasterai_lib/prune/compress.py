@@ -145,9 +145,6 @@ class Compression:
         if not callable(fine_tune): _whole(fine_tune, 'fine_tune', 0)
         self.schedule = copy.copy(as_schedule(schedule))
         self.schedule.start, self.schedule.end = (0., None), (1., None) # its shape, over all steps
-        self.way = [self.schedule(100, t/self.steps, self.steps, self.steps)/100 for t in range(1, self.steps + 1)]
-        if any(b < a - 1e-9 for a, b in zip(self.way, self.way[1:])): raise ValueError(f"schedule {self.schedule.name} goes back: what is removed cannot come back")
-        if self.way[-1] < 1 - 1e-9: raise ValueError(f"schedule {self.schedule.name} reaches only {100*self.way[-1]:g} % of the way in {self.steps} steps")
         device = next(self.model.parameters()).device
         self.inputs = _examples(next(iter(batches(learn.dls, device))).inputs, device) if example_inputs is None else example_inputs
         how = dict(how, criteria=criteria, context=context, loss=learn.loss_func)
@@ -162,10 +159,17 @@ class Compression:
                         remove=remove, model=_fingerprint(self.model))
         self.folder = None if path is None else _Folder(path, settings)
         found = self.folder and self.folder.read()
-        self.state = found or dict(dense=dict(metrics=dense, costs=measure(self.model, self.inputs, [*dict.fromkeys(('latency' if o.name == 'throughput' else o.name for o in self.costs)), 'parameters', 'nonzero', 'macs'])), log=[], done=0., left=self.way, stopped=None)
-        self.state = {k: v for k, v in self.state.items() if k != 'step'}
+        self.state = {k: v for k, v in (found or {}).items() if k != 'step'} or dict(dense=dict(metrics=dense, costs=measure(self.model, self.inputs, [*dict.fromkeys(('latency' if o.name == 'throughput' else o.name for o in self.costs)), 'parameters', 'nonzero', 'macs'])), log=[], done=0., left=None, stopped=None)
         self.budget = (Budget(self.maker, self.costs, self.dense['costs']) if remove else MaskBudget(self.maker, self.costs, self.inputs, dense=self.dense['costs']))
-        if found and found['step']: self.folder.load(self, found['step'])
+        if self.state['left'] is None: self.state['left'] = self.way()
+        if found: self.folder.load(self, found['step'])
+
+    def way(self): # shares of the way to the objective, of the cost that has furthest to go
+        most = max(100*(1 - t/g.dense) for g, t in zip(self.budget.goals, self.budget.final))
+        way = [self.schedule(most, t/self.steps, self.steps, self.steps)/most for t in range(1, self.steps + 1)]
+        if any(b < a - 1e-9 for a, b in zip(way, way[1:])): raise ValueError(f"schedule {self.schedule.name} goes back: what is removed cannot come back")
+        if way[-1] < 1 - 1e-9: raise ValueError(f"schedule {self.schedule.name} reaches only {100*way[-1]:g} % of the way in {self.steps} steps")
+        return way
 
     # --- what is known
     @property
@@ -263,7 +267,7 @@ def compress(
     objective: 'str | list | dict | Objective', # `'2x latency'`, `'3 MB'`, `['50% macs', 'accuracy >= dense - 1']`: costs, and floors of metrics
     criteria: 'str | Criteria' = 'taylor', # Which units go first
     context: 'str | Context' = 'global', # How much where: `'local'`, `'global'`, or a name in `allocators`
-    schedule: 'str | Schedule' = 'lin', # How the way is shared out over the steps; only its shape counts
+    schedule: 'str | Schedule' = 'agp', # How the way is shared out over the steps: its shape, not its start and end
     steps: int = 5, # How often something is removed
     fine_tune: 'int | Callable' = 1, # Epochs of `learn.fit` after each removal; or a function of the Learner that trains it
     remove: bool = True, # Remove units for good? Otherwise weights become zero
