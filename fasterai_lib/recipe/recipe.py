@@ -17,7 +17,7 @@ from ..core.granularity import Granularities, suggest, _get
 from ..core.masks import Masks
 from ..prune.plan import Plan
 from ..prune.pruner import Pruner
-from .parts import Part, between, merged, _as_list, _tile
+from .parts import Part, between, merged, shares, _as_list, _tile
 from .schema import problems, schema
 from .text import read_lines, show_path, write_text
 from ..sparse.sparsifier import Sparsifier
@@ -38,7 +38,7 @@ class Recipe:
     ):
         self.data, self.lines, self.name = _plain(data), lines or {}, name
         if data is None or data == {}: raise self.fault((), f"is empty; allowed: {', '.join(schema()['properties'])}")
-        found = list(problems(self.data, schema())) or list(between(self.data, self._has))
+        found = list(problems(self.data, schema(defs=False))) or list(between(self.data, self._has))
         if found: raise ValueError('\n'.join(str(e) for e in [self.fault(*f) for f in sorted(found, key=lambda f: self._line(f[0]) or 0)][:20]))
 
     @classmethod
@@ -181,7 +181,8 @@ class Recipe:
         if not self.remove: raise self.fault(('remove',), "this recipe masks weights: it needs remove: true")
         parts = self.parts(model)
         asked, p = {n: p.sparsity for p in parts for n in p.names if p.sparsity > 0}, parts[0]
-        ignored = tuple(glob.escape(n) for n in self._layers(model)[0] if n not in asked)
+        still = set() if p.settings.get('frozen') else {n for n in asked if not all(w.requires_grad for w in model.get_submodule(n).parameters())}
+        ignored = tuple(glob.escape(n) for n in self._layers(model)[0] if n not in asked or n in still)
         return dict(criteria=p.criteria, context=p.context, round_to=p.round_to, min_kept=p._whole('min_kept') or 1, max_sparsity=p.settings.get('max_sparsity', 100.), ignored=ignored), asked
 
     def removable(self,
@@ -204,7 +205,7 @@ class Recipe:
         with _At(self, ('layers',)):
             pruner = _Chosen(model, example_inputs, **arguments, data=data, loss=loss)
             pruner.recipe = self
-            return pruner.prune_model(max(asked.values()) if pruner.context.name == 'global' else asked)
+            return pruner.prune_model(max(asked.values()) if shares(arguments['context']) else asked)
 
 class _Chosen(Pruner): # leaves out layers that cannot lose units
     def targets(self, sparsity): return super().targets(self.recipe.removable(self, sparsity) if isinstance(sparsity, dict) else sparsity)

@@ -8,9 +8,9 @@ __all__ = ['RecipeCallback']
 # %% ../../nbs/recipe/recipe_callback.ipynb #7e8865f1
 from fastcore.basics import patch
 
-from ..core.allocation import as_context
 from ..core.masks import Masks
 from ..prune.prune_callback import PruneCallback, _plain
+from .parts import shares
 from .recipe import Recipe, _At
 from ..sparse.sparsify_callback import MaskCallback, SparsifyCallback
 
@@ -64,7 +64,7 @@ class _RecipePruning(PruneCallback): # finds its layers when the fit begins
         if not recipe.remove: raise recipe.fault(('remove',), "this recipe masks weights: it needs remove: true, or use SparsifyCallback.from_recipe")
         self.recipe, first = recipe, recipe.selections[0]
         values = sorted({p.sparsity for p in recipe.selections if p.sparsity > 0})
-        super().__init__(values[0] if as_context(first.context).name == 'global' else values, first.context, first.criteria, first.schedule,
+        super().__init__(values[0] if shares(first.context) else values, first.context, first.criteria, first.schedule,
                          round_to=first.round_to, min_kept=first._whole('min_kept') or 1, max_sparsity=first.settings.get('max_sparsity', 100.), frozen=first.settings.get('frozen', False), **kwargs)
 
     def before_fit(self):

@@ -64,11 +64,11 @@ def _granularity():
     return _any(name(types.values()), tile, _object(per_type, minProperties=1))
 
 def context_names() -> list:
-    "The names of contexts, but for `n:m`"
-    return list(allocation._contexts)
+    "The names of contexts, but for `n:m` and the like"
+    return list(dict.fromkeys([*allocation._contexts, *getattr(allocation, 'allocators', ())]))
 
 def _settings(): # what can be said of a selection, and of all in `default`
-    ratio = {'type': 'string', 'pattern': r'^[0-9]+:[0-9]+(\s+[A-Za-z_][A-Za-z0-9_]*)?$', 'examples': ['2:4']}
+    ratio = {'type': 'string', 'pattern': r'^([0-9]+:[0-9]+|balanced\s+[0-9]+)(\s+[A-Za-z_][A-Za-z0-9_]*)?$', 'examples': ['2:4']}
     return {
         'sparsity': {**_percent, 'description': 'Percent of weights that go; with `remove`, of units'},
         'granularity': {**_granularity(), 'description': 'What goes together: a name, {tile: {axis: size}}, or one of them by type of layer', 'default': 'weight'},
@@ -85,19 +85,25 @@ def _match():
              'type': 'Types of layers, or of what they derive from', 'exclude': 'Names or globs of layers to leave out'}
     return _any(_word, _list_of(_word), _object({k: {**_patterns, 'description': d} for k, d in words.items()}, minProperties=1))
 
-def schema() -> dict: # JSON schema, draft 2020-12
+def schema(
+    defs: bool = True, # Write what several places share once, under `$defs`? The check wants it in place
+) -> dict: # JSON schema, draft 2020-12
     "The schema of recipes, with the names that are registered now"
     settings = _settings()
     selection = _object({'match': {**_match(), 'description': 'Which layers: a glob or several, or {name, glob, regex, type, exclude}, all of which must fit'},
                          'group': {**_word, 'description': 'Selections that name the same group are one: one sparsity, and in `global` one competition'}, **settings}, required=['match'])
+    shared, default = {}, _object(dict(settings), description='Settings where a selection says nothing else; with a sparsity, also for layers in no selection')
+    if defs: # settings are the same in both
+        shared = {'$defs': settings}
+        for s in (selection, default): s['properties'].update({k: {'$ref': f'#/$defs/{k}'} for k in settings})
     return {'$schema': 'https://json-schema.org/draft/2020-12/schema', 'title': 'Recipe of fasterai_lib', **_object({
-        'default': _object(settings, description='Settings where a selection says nothing else; with a sparsity, also for layers in no selection'),
+        'default': default,
         'layers': {**_list_of(selection), 'description': 'Selections of layers; a layer belongs to the first that it matches'},
         'exclude': {**_patterns, 'description': 'Names or globs of layers to leave alone'},
         'remove': {'type': 'boolean', 'description': 'Really remove units, rather than mask weights?', 'default': False},
         'objective': {**_patterns, 'description': 'Until what, for `compress`', 'examples': ['2x latency', ['3 MB', 'accuracy >= dense - 1']]},
         'steps': {**_count(1), 'description': 'Steps of `compress`'},
-        'fine_tune': {**_count(0), 'description': 'Epochs of training after each step of `compress`'}}, minProperties=1)}
+        'fine_tune': {**_count(0), 'description': 'Epochs of training after each step of `compress`'}}, minProperties=1), **shared}
 
 # %% ../../nbs/recipe/schema.ipynb #f9d4b554
 _types = {'object': (dict, 'a mapping'), 'array': (list, 'a list'), 'string': (str, 'a text'), 'boolean': (bool, 'true or false'), 'number': (Real, 'a number'), 'integer': (Real, 'a whole number')}
@@ -108,12 +114,14 @@ def _is(x, s): # of the type that s asks for?
 
 def _allowed(s): # in words
     if 'anyOf' in s: return ', or '.join(dict.fromkeys(map(_allowed, s['anyOf'])))
-    if 'enum' in s: return f"one of {', '.join(s['enum'])}" if len(s['enum']) < 40 else 'a name'
+    if 'enum' in s: return f"one of {', '.join(s['enum'])}" if len(s['enum']) > 1 else repr(s['enum'][0])
     if 'pattern' in s: return f"a text such as '{s['examples'][0]}'"
     low, high = s.get('minimum'), s.get('maximum')
     limits = f' from {low} to {high}' if high is not None else f' >= {low}' if low is not None else ''
     if s['type'] == 'object' and 'properties' in s: return f"a mapping with {', '.join(s['properties'])}" if len(s['properties']) < 14 else 'a mapping'
     return _types[s['type']][1] + limits
+
+def _show(x): return text if len(text := repr(x)) <= 80 else text[:79] + '…'
 
 def _branch(x, s): # the options of anyOf that x can be meant for
     fit = [b for b in s['anyOf'] if _is(x, b)]
@@ -133,11 +141,12 @@ def problems(
         fit = _branch(x, s)
         if not fit and isinstance(x, dict) and (names := [b['properties']['name']['const'] for b in s['anyOf'] if 'const' in b.get('properties', {}).get('name', {})]):
             yield ((*path, 'name'), f"{x['name']!r}: {suggest(x['name'], names)}") if 'name' in x else (path, f"no name; allowed: {', '.join(names)}")
-        elif not fit: yield path, f"got {x!r}, allowed: {_allowed(s)}"
-        elif len(fit) == 1: yield from problems(x, fit[0], path)
-        elif not any(not list(problems(x, b, path)) for b in fit):
-            yield path, f"{x!r}: {suggest(x, [w for b in fit for w in b.get('enum', [])] + [e + ' and the like' for b in fit for e in b.get('examples', [])])}"
-    elif not _is(x, s): yield path, f"got {x!r}, allowed: {_allowed(s)}"
+        elif not fit: yield path, f"got {_show(x)}, allowed: {_allowed(s)}"
+        elif len(fit) == 1 and isinstance(x, (dict, list)): yield from problems(x, fit[0], path)
+        elif all(list(problems(x, b, path)) for b in fit):
+            names = [w for b in fit for w in b.get('enum', ())]
+            yield path, f"{x!r}: {suggest(x, names + [e + ' and the like' for b in fit for e in b.get('examples', ())])}" if len(names) > 1 else f"got {_show(x)}, allowed: {_allowed(s)}"
+    elif not _is(x, s): yield path, f"got {_show(x)}, allowed: {_allowed(s)}"
     elif 'enum' in s and x not in s['enum']: yield path, f"{x!r}: {suggest(x, s['enum'])}"
     elif isinstance(x, dict):
         for k in s.get('required', ()):
