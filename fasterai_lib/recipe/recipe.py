@@ -138,7 +138,9 @@ class Recipe:
             mine = [n for n in got if n in free]
             if not mine: raise self.fault(('layers', i, 'match'), 'all that it matches is excluded' if not got else f"matches only layers that are excluded or belong to an earlier selection: {', '.join(got[:5])}")
             free = [n for n in free if n not in mine]
-            if row.get('group') in groups: (p := groups[row['group']]).names = [n for n in layers if n in p.names + mine]; continue
+            if (p := groups.get(row.get('group'))) is not None:
+                p.names = [n for n in layers if n in p.names or n in mine]
+                continue
             out.append(Part(mine, settings['layers', i], ('layers', i)))
             if 'group' in row: groups[row['group']] = out[-1]
         if ('default',) in settings and free: out.append(Part(free, settings['default',], ('default',)))

@@ -46,6 +46,7 @@ def _read_yaml(text, name):
         at = getattr(e, 'problem_mark', None) or getattr(e, 'context_mark', None)
         line = at.line + 1 if at else text.count('\n', 0, getattr(e, 'position', 0)) + 1
         raise _fault(name, line, f"not YAML: {getattr(e, 'problem', None) or getattr(e, 'reason', None) or e}") from None
+    except RecursionError: raise _fault(name, loader.line + 1, "values are nested too deep") from None
     lines, seen = {}, [0]
     def build(node, path, line):
         lines[path] = line
@@ -60,7 +61,6 @@ def _read_yaml(text, name):
             if twice := [k for k, _ in node.value if own.count(k.value) > 1]: raise _fault(name, twice[-1].start_mark.line + 1, f"key {twice[-1].value!r} is there twice")
             try: loader.flatten_mapping(node) # merges, those in the mapping itself last
             except yaml.YAMLError as e: raise _fault(name, at, f"not YAML: {e.problem}") from None
-            except RecursionError: raise _fault(name, at, "an alias that holds itself") from None
             return {k.value: build(v, (*path, k.value), k.start_mark.line + 1) for k, v in node.value}
         if isinstance(node, yaml.SequenceNode): return [build(v, (*path, i), v.start_mark.line + 1) for i, v in enumerate(node.value)]
         try: return loader.construct_object(node)
