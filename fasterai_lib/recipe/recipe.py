@@ -154,7 +154,7 @@ class Recipe:
         names = [n for n, m in model.named_modules() if Granularities.kind(m)]
         rows = [dict(layer=n, type=type(model.get_submodule(n)).__name__, **(dict(selection=show_path(p.path), sparsity=p.settings.get('sparsity', p.sparsity), criteria=p.criteria,
                 granularity='units' if self.remove else str(_tile(p.settings.get('granularity', 'weight'))), context=p.context, schedule=p.schedule.name) if (p := of.get(n)) else {})) for n in names]
-        return pd.DataFrame(rows, columns=['layer', 'type', 'selection', 'sparsity', 'granularity', 'criteria', 'context', 'schedule']).fillna('')
+        return pd.DataFrame(rows, columns=['layer', 'type', 'selection', 'sparsity', 'granularity', 'criteria', 'context', 'schedule'], dtype=object).fillna('')
 
     def _sparsities(self, what): # raise where an objective says how much
         if self.objective: raise self.fault(('objective',), f"how much is for compress(learn, ...) to find; {what} needs sparsities alone")
