@@ -100,8 +100,11 @@ def _report(args):
     model, weights = _load(args)
     if model is not None:
         from fasterai_lib.show.report import SparsityReport
-        return _say(SparsityReport(model, _inputs(args.input)))
-    if args.input: raise ValueError("--input needs --model: weights alone cannot be run")
+        from fasterai_lib.core.cost import cost
+        inputs = _inputs(args.input)
+        if args.latency and inputs is None: raise ValueError("--latency needs --input: the model must be run")
+        return _say(SparsityReport(model, inputs), *(['', cost(model, inputs, latency=args.latency)] if inputs else []))
+    if args.input or args.latency: raise ValueError("--input and --latency need --model: weights alone cannot be run")
     rows = [(n, '×'.join(map(str, w.shape)) or '1', w.numel(), w.numel() - int(w.count_nonzero())) for n, w in weights.items()]
     rows.append(('total', '', sum(r[2] for r in rows), sum(r[3] for r in rows)))
     table = pd.DataFrame([(n, s, f'{k:,}', f'{z:,}', f'{100*z/max(k, 1):.2f} %') for n, s, k, z in rows], columns=['tensor', 'shape', 'values', 'zeros', 'sparsity'])
@@ -166,7 +169,8 @@ def _parser():
         p.add_argument('--model-args', metavar='JSON', default='{}', help='its arguments, such as \'{"num_classes": 10}\'')
         p.add_argument('--input', metavar='1,3,224,224', action='append', default=[], help='size of an input of the model; 1,128:int for whole numbers; again for a second input')
         p.add_argument('--trust-pickle', action='store_true', help='open a whole pickled model, which can run any code: only if you know where it comes from')
-    about_model(command('report', _report, 'Count what is zero.'))
+    about_model(p := command('report', _report, 'Count what is zero and, with --input, what a run costs.'))
+    p.add_argument('--latency', action='store_true', help='measure latency too')
     p = command('draw', _draw, 'Draw what a granularity removes.')
     p.add_argument('granularity', help='such as weight, kernel, filter')
     p.add_argument('-o', '--output', metavar='file.png', help='.png, .svg or .pdf; by default the granularity\'s name')

@@ -97,6 +97,7 @@ def test_other_inputs_and_arguments(capsys):
     torch.save(__import__('tinynet').make(4).state_dict(), 'narrow.pt')
     assert main(['report', 'narrow.pt', '--model', 'tinynet:make', '--model-args', '{"width": 4}', '--input', '1,3,8,8']) == 0
     assert 'MACs' in capsys.readouterr().out
+    assert cli('report net.pt --model tinynet:make --input 1,3,8,8 --latency') == 0 and 'latency' in capsys.readouterr().out
     save_model(__import__('tinynet').tied(), 'tied.safetensors') # holds the weight once
     assert cli('report tied.safetensors --model tinynet:tied') == 0
 
@@ -139,7 +140,7 @@ WRONG = {
     'not torch': ('report mask.yaml', 'mask.yaml: not a file'),
     'not safetensors': ('report junk.safetensors', 'junk.safetensors: not a safetensors file'),
     'no architecture': ('compress mask.yaml net.pt -o small.pt', 'holds weights alone: say what builds the model'),
-    'input without model': ('report net.pt --input 1,3,8,8', '--input needs --model'),
+    'input without model': ('report net.pt --input 1,3,8,8', '--input and --latency need --model'),
     'no colon': ('report net.pt --model tinynet', '--model tinynet: write package.module:function'),
     'no module': ('report net.pt --model tinynett:make', "--model tinynett:make: No module named 'tinynett'"),
     'no function': ('report net.pt --model tinynet:maek', "tinynet has no 'maek'; did you mean 'make'?"),

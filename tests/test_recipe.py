@@ -25,7 +25,7 @@ from fasterai_lib.prune.prune_callback import PruneCallback
 from fasterai_lib.prune.pruner import Pruner
 from fasterai_lib.recipe.recipe import Recipe
 from fasterai_lib.recipe.recipe_callback import RecipeCallback
-from fasterai_lib.recipe.schema import make_schedule, problems, schedule_arguments, schema
+from fasterai_lib.recipe.schema import context_names, make_schedule, problems, schedule_arguments, schema
 from fasterai_lib.recipe.text import read_lines, write_text
 from fasterai_lib.sparse.sparsifier import Sparsifier
 from fasterai_lib.sparse.sparsify_callback import MaskCallback, SparsifyCallback
@@ -208,6 +208,7 @@ def test_recipes_survive(suffix, tmp_path):
     @quick
     @given(anything)
     def check(data):
+        if 'objective' in data: data['objective'] = ['2x latency', 'accuracy >= dense - 1']
         try: recipe = Recipe.from_dict(data)
         except ValueError: assume(False) # what does not go together
         recipe.to_file(tmp_path/f'r{suffix}')
@@ -312,6 +313,19 @@ def test_group_competes_as_one():
     assert same(state(a), state(b)) and zeros(a)['stem.weight'] > 160
     Recipe.from_dict(group('local')).apply(c)
     assert zeros(c) == {'stem.weight': 130, 'body.weight': 0, 'head.weight': 38}
+
+
+@pytest.mark.parametrize('context', context_names())
+def test_every_context_is_a_name(context):
+    "Those that need measurements are refused, with the line's place; all others do what they do in a Sparsifier"
+    a, b = net(), net()
+    recipe = Recipe.from_dict({'layers': [{'match': {'type': 'Conv2d'}, 'sparsity': 50, 'context': context}]})
+    try: Sparsifier(b, 'weight', context, 'large_final').sparsify_model(50)
+    except ValueError as e:
+        with pytest.raises(ValueError, match='layers.0.: .*it works in compress'): recipe.apply(a)
+        assert 'it works in compress' in str(e)
+    recipe.apply(a) if zeros(b)['body.weight'] else None
+    assert same(state(a), state(b))
 
 
 @pytest.mark.parametrize('granularity, zero', [({'tile': {'o': 4, 'i': 'all'}}, lambda w: (w == 0).reshape(2, -1, 8, 3, 3).all(1).all(1).sum() == 9),
@@ -424,8 +438,8 @@ def test_frozen_layers_keep_their_units():
 @pytest.mark.parametrize('make, message', [
     (lambda: SparsifyCallback.from_recipe(REMOVE), 'use PruneCallback.from_recipe'),
     (lambda: PruneCallback.from_recipe(MIXED), 'needs remove: true'),
-    (lambda: PruneCallback.from_recipe({**REMOVE, 'objective': '2x'}), 'compress'),
-    (lambda: SparsifyCallback.from_recipe({**MIXED, 'objective': '2x'}), 'compress'),
+    (lambda: PruneCallback.from_recipe({**REMOVE, 'objective': '2x latency'}), 'compress'),
+    (lambda: SparsifyCallback.from_recipe({**MIXED, 'objective': '2x latency'}), 'compress'),
     (lambda: Recipe.from_dict(REMOVE).apply(net()), 'pass example_inputs'),
     (lambda: Recipe.from_dict(MIXED).apply(net(), torch.randn(1, 3, 8, 8)), 'example_inputs are for remove'),
     (lambda: Recipe.from_dict(MIXED).parts(nn.ReLU()), 'no prunable layer')])

@@ -15,6 +15,7 @@ from torch import nn
 from ..core.allocation import as_context
 from ..core.criteria import as_criteria
 from ..core.granularity import Granularities, Tile
+from ..core.objective import as_objective, as_objectives
 from .schema import make_schedule
 from .text import show_path
 
@@ -24,8 +25,7 @@ _of_selection = {'match', 'group'}
 def shares(context: str # Of a recipe
     ) -> bool:
     "Do all layers share one sparsity in `context`?"
-    c = as_context(context)
-    return getattr(c, 'shared', c.name == 'global')
+    return as_context(context).shared
 
 def _tile(g): # what a granularity in a recipe means
     if isinstance(g, str): return g
@@ -88,6 +88,10 @@ def between(
         match = s.get('match')
         for i, r in enumerate(_as_list(match.get('regex') if isinstance(match, dict) else None)):
             if e := _try(re.compile, r): yield (*path, 'match', 'regex', *([i] if isinstance(match['regex'], list) else [])), f"{r!r} is no regular expression: {e}"
+    aims = data.get('objective', [])
+    said = [(('objective', *([i] if isinstance(aims, list) else [])), e) for i, o in enumerate(_as_list(aims)) if (e := _try(as_objective, o))]
+    yield from said
+    if aims and not said and (e := _try(as_objectives, aims)): yield ('objective',), e
     groups = {}
     for i, row in enumerate(rows):
         if 'group' in row: groups.setdefault(row['group'], []).append(i)

@@ -11,6 +11,7 @@ import re
 from numbers import Real
 
 from ..core import allocation, attribution, data_criteria # these register names
+from ..core.allocators import allocators
 from ..core.criteria import criteria
 from ..core.granularity import Granularities, suggest
 from ..core.schedule import Schedule, gradual, iterative, lottery, poly, schedules, static
@@ -65,7 +66,7 @@ def _granularity():
 
 def context_names() -> list:
     "The names of contexts, but for `n:m` and the like"
-    return list(dict.fromkeys([*allocation._contexts, *getattr(allocation, 'allocators', ())]))
+    return list(dict.fromkeys([*allocation._contexts, *allocators]))
 
 def _settings(): # what can be said of a selection, and of all in `default`
     ratio = {'type': 'string', 'pattern': r'^([0-9]+:[0-9]+|balanced\s+[0-9]+)(\s+[A-Za-z_][A-Za-z0-9_]*)?$', 'examples': ['2:4']}
@@ -73,7 +74,7 @@ def _settings(): # what can be said of a selection, and of all in `default`
         'sparsity': {**_percent, 'description': 'Percent of weights that go; with `remove`, of units'},
         'granularity': {**_granularity(), 'description': 'What goes together: a name, {tile: {axis: size}}, or one of them by type of layer', 'default': 'weight'},
         'criteria': {'type': 'string', 'enum': list(criteria), 'description': 'Which go first', 'default': 'large_final'},
-        'context': _any({'type': 'string', 'enum': context_names()}, ratio, description="Which units compete: those of a layer, of all layers of the selection, of a row, or n kept of m", default='local'),
+        'context': _any({'type': 'string', 'enum': context_names()}, ratio, description="Which units compete: those of a layer, of all layers of the selection, of a row, n kept of m, or what an allocator shares out", default='local'),
         'schedule': {**_schedule(), 'description': 'When, while training', 'default': 'agp'},
         'min_kept': {**_count(0), 'description': 'Units that each layer keeps'},
         'max_sparsity': {**_percent, 'description': 'Percent of its units that a layer loses at most', 'default': 100},
