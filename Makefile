@@ -45,6 +45,7 @@ readme: .venv/.stamp-dev
 
 export: .venv/.stamp-dev
 	$(PY) .venv/bin/nbdev-export
+	$(PY) -m fasterai_lib.cli schema -o fasterai_lib/recipe.schema.json
 	$(PY) .venv/bin/nbdev-clean
 	$(PY) .venv/bin/nbdev-clean --fname index.ipynb
 

@@ -25,8 +25,10 @@ setup(
     classifiers=[f"Development Status :: {statuses[int(cfg['status']) - 1]}", 'Intended Audience :: Developers',
                  'Programming Language :: Python :: 3'],
     packages=find_packages(include=['fasterai_lib*']),
+    package_data={'fasterai_lib': ['*.json']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'bench': cfg['bench_requirements'].split()},
-    entry_points={'nbdev': [f"{cfg['lib_name']} = {cfg['lib_name']}._modidx:d"]},
+    entry_points={'nbdev': [f"{cfg['lib_name']} = {cfg['lib_name']}._modidx:d"],
+                  'console_scripts': [f"{cfg['lib_name']} = {cfg['lib_name']}.cli:main"]},
 )

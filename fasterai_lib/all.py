@@ -29,6 +29,8 @@ from .prune.pruner import Pruner
 from .prune.rules import rule, rules
 from .prune.sensitivity import Sensitivity, sensitivity_analysis
 from .prune.surgery import fold_batchnorm, prune_parameter, prune_units
+from .recipe.recipe import Recipe
+from .recipe.recipe_callback import RecipeCallback
 from .show.granularities import *
 from .show.report import SparsityReport
 from .sparse.admm import ADMMCallback

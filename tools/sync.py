@@ -19,7 +19,7 @@ nbdev_clean('index.ipynb')
 
 def _files(root):
     "Everything that is compared, as `relative path: bytes`"
-    modules = [p for p in (root/'fasterai_lib').rglob('*') if p.is_file() and '__pycache__' not in p.parts]
+    modules = [p for p in (root/'fasterai_lib').rglob('*') if p.is_file() and '__pycache__' not in p.parts and p.suffix != '.json']
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in modules + notebooks(root)}
 
 
