@@ -16,13 +16,17 @@ from .core.data_criteria import *
 from .core.granularity import Granularities, Tile, spans
 from .core.latency import LatencyTable, Spec, measure_latencies, measure_latency
 from .core.masks import Mask, Masks
+from .core.objective import Objective, as_objective, as_objectives
 from .core.schedule import *
 from .core.units import Units, layers_of, units_of
 from .core.watch import Watch
 from .prune.blocks import remove_blocks, remove_layer
+from .prune.budget import Budget, MaskBudget
+from .prune.compress import Compression, compress
 from .prune.constants import fold_constants
 from .prune.coupled import CoupledUnits, coupled
 from .prune.graph import Group, UnitGraph, trace
+from .prune.predict import Predictor
 from .prune.plan import Plan, load_plan, load_pruned, save_pruned
 from .prune.prune_callback import PruneCallback, shrink
 from .prune.pruner import Pruner

@@ -265,7 +265,7 @@ class Compression:
 def compress(
     learn: Learner, # Whose model is to become smaller, in place
     objective: 'str | list | dict | Objective', # `'2x latency'`, `'3 MB'`, `['50% macs', 'accuracy >= dense - 1']`: costs, and floors of metrics
-    criteria: 'str | Criteria' = 'taylor', # Which units go first
+    criteria: 'str | Criteria' = 'large_final', # Which units go first
     context: 'str | Context' = 'global', # How much where: `'local'`, `'global'`, or a name in `allocators`
     schedule: 'str | Schedule' = 'agp', # How the way is shared out over the steps: its shape, not its start and end
     steps: int = 5, # How often something is removed
