@@ -235,6 +235,22 @@ def test_sensitivity_of_given_curves():
     with pytest.raises(ValueError, match="none for 'b'"): allocate(scores, dict(a=1, b=1), 120, allocator='sensitivity', curves=dict(a=curves['a']))
 
 
+def test_sensitivity_of_a_curve_with_a_dip(): # a loss that falls by chance permits no more than what was lost before
+    curves = dict(a=[(0, 1.), (40, 3.), (60, 2.), (100, 5.)], b=[(0, 1.), (100, 5.)])
+    assert allocate(dict(a=torch.rand(100), b=torch.rand(100)), dict(a=1, b=1), 126, allocator='sensitivity', curves=curves).info['counts'] == dict(a=67, b=59) # 74 go: (100 - a)/20 = (100 - b)/25
+
+
+def test_knapsack_where_no_price_is_right():
+    "Items that are taken or left: the best per cost first is not the best"
+    p = Small(dict(a=[12.], b=[9.], c=[9.]), dict.fromkeys('abc', 1), dict(a=6, b=5, c=5), 0, dict.fromkeys('abc', 0), dict.fromkeys('abc', 1), dict.fromkeys('abc', 1), 10/16)
+    assert allocators['knapsack'](p.problem(), p.budget) == dict(a=0, b=1, c=1)
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        names = 'abcdefgh'
+        p = Small({g: [float(rng.integers(5, 30))] for g in names}, dict.fromkeys(names, 1), {g: int(rng.integers(5, 30)) for g in names}, 0, dict.fromkeys(names, 0), dict.fromkeys(names, 1), dict.fromkeys(names, 1), rng.uniform(.2, .8))
+        assert p.worth(allocators['knapsack'](p.problem(), p.budget)) == max(map(p.worth, p.feasible()))
+
+
 def test_annealing_is_bounded_seeded_and_never_worse_than_uniform():
     rng = np.random.default_rng(1)
     scores, prices = {g: torch.from_numpy(rng.random(n)) for g, n in zip('abcdef', (5, 60, 20, 30, 9, 40))}, dict(zip('abcdef', (9, 1, 4, 2, 6, 1)))
@@ -394,6 +410,17 @@ def test_in_training(make, name):
     assert len(seen) > 4 and all(not (b[k] & ~a[k]).any() for a, b in zip(seen, seen[1:]) for k in a)
     sizes = [m.weight for m in learn.model.modules() if isinstance(m, nn.Conv2d)]
     assert abs(sum(int((w == 0).sum()) for w in sizes) - .8*sum(w.numel() for w in sizes)) <= 1 and cb.current == pytest.approx(80)
+
+
+def test_a_second_fit_asks_for_the_same(make):
+    "One layer has lost more than the whole: what is asked is of all together"
+    learn = make(model=conv_net())
+    convs = [m.weight for m in learn.model.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad(): convs[0].mul_(1e-3)
+    cb = SparsifyCallback(60, 'weight', 'knapsack', 'large_final', agp)
+    for _ in range(2):
+        learn.fit(1, 0., wd=0., cbs=cb)
+        assert (convs[0] == 0).float().mean() > .8 and abs(sum(int((w == 0).sum()) for w in convs) - .6*sum(w.numel() for w in convs)) <= 1 and cb.current == pytest.approx(60)
 
 
 @pytest.mark.parametrize('round_to', [None, 4])
