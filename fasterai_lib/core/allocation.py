@@ -39,9 +39,12 @@ class Context:
     @property
     def limit(self): return 100*(1 - self.n/self.m) if self.m else 100. # the sparsity that n:m means, in percent
 
-    def check(self, layers: dict): # Layer name to list of `Units`
+    def check(self,
+        layers: dict, # Layer name to list of `Units`
+        measured: bool = False, # Can candidates be tried out?
+    ):
         "Raise where this context cannot be for one of `layers`"
-        self._check_needs()
+        if not measured: self._check_needs()
         for name, us in layers.items():
             for u in us:
                 rows = u.dims(*u.out)
@@ -56,9 +59,11 @@ class Context:
                     if self.tile and u.size is None: raise ValueError(f"{name}: context {self.name!r} needs units of one size; blocks of {u.grid.block} do not divide {u.grid.view}")
                     if size % wide: raise ValueError(f"{name}: axis {self.axis!r} has {size} units, which {wide} does not divide; leave the layer out with exclude={name!r}")
 
-    def check_whole(self):
+    def check_whole(self,
+        measured: bool = False, # Can candidates be tried out?
+    ):
         "Raise where this context is not for whole units of layers that are cut"
-        self._check_needs()
+        if not measured: self._check_needs()
         if self.name != 'local' and not self.shared: raise ValueError(f"context {self.name!r} zeroes weights inside units; whole units compete in 'local' or 'global', or as one of {', '.join(n for n in _simple() if n != 'balanced')} says")
 
     def _check_needs(self): # what only an objective or a measurement can give

@@ -71,7 +71,7 @@ class Pruner:
         loss: Callable = None, # For those that need gradients: `f(out, *targets)`, the mean over the samples
     ):
         self.criteria, self.context = as_criteria(criteria), as_context(context)
-        self.context.check_whole()
+        self.context.check_whole(data is not None)
         self.round_to, self.min_kept = _whole(round_to, 'round_to', 1), _whole(min_kept, 'min_kept', 1)
         self.max_sparsity, self.check = as_percent(max_sparsity, 'max_sparsity'), check
         self.model, self.graph = model, trace(model, example_inputs, exact, ignored)

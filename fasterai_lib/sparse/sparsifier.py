@@ -63,7 +63,7 @@ class Sparsifier:
         self.context = as_context(self.criteria.context if context is None and self.criteria.context else context)
         self.layer_type, self.exclude, self.frozen = layer_type, exclude, frozen
         self.min_kept, self.max_sparsity = _whole(min_kept, 'min_kept', 0), as_percent(max_sparsity, 'max_sparsity')
-        self.context.check(self.layers)
+        self.context.check(self.layers, data is not None)
         self.masks, self.refs = Masks(), {}
         if self.criteria.needs_init or self.criteria.needs_update: self.remember()
 
