@@ -1743,6 +1743,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fasterai_lib/recipe/parts.py'),
                                            'fasterai_lib.recipe.parts.Part.criteria': ( 'recipe/parts.html#part.criteria',
                                                                                         'fasterai_lib/recipe/parts.py'),
+                                           'fasterai_lib.recipe.parts.Part.limits': ( 'recipe/parts.html#part.limits',
+                                                                                      'fasterai_lib/recipe/parts.py'),
                                            'fasterai_lib.recipe.parts.Part.round_to': ( 'recipe/parts.html#part.round_to',
                                                                                         'fasterai_lib/recipe/parts.py'),
                                            'fasterai_lib.recipe.parts.Part.schedule': ( 'recipe/parts.html#part.schedule',

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fasterai_lib.core.allocation import _simple
-from fasterai_lib.core.criteria import large_final
+from fasterai_lib.core.cost import cost
+from fasterai_lib.prune.compress import compress
 from fasterai_lib.prune.prune_callback import PruneCallback
 from fasterai_lib.prune.pruner import Pruner
 from fasterai_lib.sparse.sparsifier import Sparsifier
@@ -178,3 +179,26 @@ def test_coupled_layers_obey_the_strictest():
     with pytest.raises(ValueError, match='lose the same units, but min_sparsity=60 of one is above max_sparsity=50 of another'): Pruner(Res(), X, min_sparsity={'a': 60}, max_sparsity={'b': 50})
     m = Res(); Pruner(m, X, max_sparsity={'b': 25, 'a': 50}).prune_model(50)
     assert m.a.out_channels == 6
+
+# --- allocators that try out: with an objective only
+
+DATA = [(torch.randn(16, 3, 12, 12), torch.randint(0, 5, (16,)))]
+@pytest.mark.parametrize('context', ['netadapt', 'simulated_annealing', 'sensitivity'])
+def test_allocators_that_try_out_take_objectives(context):
+    model = cnn()
+    before = cost(model, X, latency=False, disk=False).total['macs']
+    p = Pruner(model, X, context=context, data=DATA, loss=nn.functional.cross_entropy)
+    for f in (p.plan, p.prune_model):
+        with pytest.raises(ValueError, match=f'{context}.* tries candidates out .*not with a sparsity; for that: local, global'): f(50)
+    assert widths(model) == {'0': 16, '2': 24, '4': 12}
+    p.prune_model('50% macs')
+    after = cost(model, X, latency=False, disk=False).total['macs']
+    assert .45 <= after/before <= .5 and model(X).shape == (2, 5)
+    with pytest.raises(ValueError, match='a Pruner with data= and loss='): Pruner(cnn(), X, context=context).prune_model('50% macs')
+    with pytest.raises(ValueError, match='not with a sparsity'): PruneCallback(50, context, 'large_final', 'agp')
+
+@pytest.mark.parametrize('remove', [True, False])
+def test_compress_tries_out(remove):
+    learn = learner(cnn().train(), torch.randn(32, 3, 12, 12))
+    with learn.no_bar(), learn.no_logging(): done = compress(learn, '50% macs' if remove else '50% nonzero', context='netadapt', steps=1, fine_tune=0, remove=remove, n_batches=1)
+    assert done.reached

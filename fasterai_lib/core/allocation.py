@@ -62,8 +62,8 @@ class Context:
     def check_plain(self):
         "Raise where this context cannot share out a sparsity, only an objective or what is measured"
         if self.allocator and self.allocator not in _simple():
-            raise ValueError(f"context {self.name!r} tries candidates out on the model, or reads measured curves: it works with an objective, as in Pruner(..., data=, loss=).prune_model('50% macs') and in compress, "
-                             f"and in allocate(..., measure=), not with a sparsity; there: {', '.join([*_contexts, *_simple()])}")
+            raise ValueError(f"context {self.name!r} tries candidates out on the model, or reads measured curves: it works in compress, in allocate(..., measure=) "
+                             f"and with an objective, as in Pruner(..., data=, loss=).prune_model('50% macs'), not with a sparsity; for that: {', '.join([*_contexts, *_simple()])}")
 
     def _along(self, u): return u.dims(self.axis) or ([len(u.grid.axes) - 1] if self.axis == 'i' else [])
 
