@@ -447,7 +447,7 @@ def test_whole_units_in_steps(name, round_to):
 def test_contexts_say_what_there_is():
     m, x = net(), torch.randn(1, 4, 12, 12)
     for name in ('netadapt', 'sensitivity', 'simulated_annealing'):
-        for f in (lambda: Sparsifier(m, 'weight', name, 'large_final'), lambda: Pruner(m, x, context=name)):
+        for f in (lambda: Sparsifier(m, 'weight', name, 'large_final').plan(50), lambda: Pruner(m, x, context=name).plan(50), lambda: Pruner(m, x, context=name).prune_model({'0': 50})):
             with pytest.raises(ValueError, match='tries candidates out'): f()
     with pytest.raises(ValueError, match="did you mean 'knapsack'"): as_context('knapsak')
     with pytest.raises(ValueError, match="did you mean 'erk'"): Pruner(m, x, context='erkk')
