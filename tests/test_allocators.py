@@ -320,7 +320,7 @@ def test_errors():
                             (dict(name='global', least=dict(a=9)), ValueError, 'a: at least 9'), (dict(name='global', least=dict(x=9)), ValueError, "no group 'x'"), (dict(name='global', step=dict(a=0)), ValueError, 'a: step=0')):
         with pytest.raises(error, match=says): ask(**kw)
     for name in ('netadapt', 'simulated_annealing', 'sensitivity'):
-        with pytest.raises(ValueError, match=r'compress, and in allocate\(measure='): allocate(dict(a=[1., 2]), dict(a=1), 1, allocator=name)
+        with pytest.raises(ValueError, match=r'in compress, .*and in allocate\(measure='): allocate(dict(a=[1., 2]), dict(a=1), 1, allocator=name)
     with pytest.raises(ValueError, match="'erk' needs shapes="): allocate(dict(a=[1., 2]), dict(a=1), 1, allocator='erk')
     with pytest.raises(ValueError, match='NaN'): allocate(dict(a=[1., math.nan]), dict(a=1), 1)
     with pytest.raises(ValueError, match='different groups: b'): allocate(dict(a=[1.]), dict(a=1, b=2), 1)

@@ -323,7 +323,7 @@ def test_after_errors_and_after_success():
     p.prune_model('40% macs') # of the dense model, as 70 % was
     assert .98*.4 <= counted(m, PICTURES)['macs']/dense['macs'] <= .4
     p.prune_model('30% parameters') # measured at first, too
-    assert .98*.3 <= counted(m, PICTURES)['parameters']/dense['parameters'] <= .3
+    assert .97*.3 <= counted(m, PICTURES)['parameters']/dense['parameters'] <= .3
     now = snapshot(m)
     p.prune_model('60% parameters') # it has fewer
     assert same(now, snapshot(m))
@@ -425,3 +425,13 @@ def test_masks_go_on_and_refuse():
         with pytest.raises(ValueError, match=says): MaskBudget(s, ask, PICTURES).reach()
         assert same(now, snapshot(m))
     with pytest.raises(ValueError, match='settles how much goes where'): MaskBudget(sparse(m, 'weight', '2:4') if 0 else sparse(BIG(), 'weight', 'per_row'), '50% nonzero', PICTURES)
+
+@pytest.mark.parametrize('context', ['uniform', 'erk', 'owl'])
+def test_two_steps_share_out_as_one(context): # what is asked for second counts from the units that there were at first
+    once, twice = BIG(), BIG()
+    twice.load_state_dict(once.state_dict())
+    Pruner(once, PICTURES, context=context).prune_model('40% macs')
+    p = Pruner(twice, PICTURES, context=context)
+    p.prune_model('70% macs')
+    p.prune_model('40% macs')
+    for a, b in zip(once.parameters(), twice.parameters()): assert all(abs(i - j) <= 1 for i, j in zip(a.shape, b.shape)), (a.shape, b.shape)

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..core.allocation import most_kept
 from ..core.allocators import Problem, _highest, allocators, as_allocator, check_needs
 from ..core.cost import cost, positions, quantities
 from ..core.latency import LatencyTable, time_models
@@ -25,6 +26,7 @@ from ..core.selection import Scored, select
 from .compare import masked
 from .predict import Predictor
 from .record import tensors_in
+from ..sparse.sparsifier import limit_of
 
 # %% ../../nbs/prune/budget.ipynb #9bc34996
 def is_objective(
@@ -110,12 +112,16 @@ class Budget:
         self.groups = {g.name: g for g in p.groups if len(g.roots) > 1}
         if not self.groups: raise ValueError(p.refusal())
         self.predictor = Predictor(p.graph, self.table)
-        return [{k: f(g) for k, g in self.groups.items()} for f in (p.scores, lambda g: g.size, lambda g: p.graph.shape(g.weights[0][0]), lambda g: min(max(p.min_kept, p.least(g)), g.n) if g.n >= p.step(g) else g.n, lambda g: g.n, p.step)]
+        self.left = {k: g.n for k, g in self.groups.items()}
+        def scores(g): # of the units that there were at first, the lowest for those that are gone: so the shares of a second removal count from there, as those of the first did
+            s, alive = p.scores(g), torch.from_numpy(g.alive)
+            return s if alive.all() else torch.full((len(alive),), float(s.min()) - 1, dtype=s.dtype, device=s.device).masked_scatter_(alive.to(s.device), s)
+        return [{k: f(g) for k, g in self.groups.items()} for f in (scores, lambda g: g.size, lambda g: p.graph.shapes[g.weights[0][0]], lambda g: min(max(p.min_kept, p.least(g)), g.n) if g.n >= p.step(g) else g.n, lambda g: min(g.n, p.most(g)), p.step)]
 
     def now(self): return self.pruner.graph.alive
     def chosen(self, counts) -> np.ndarray: # one boolean per label: in each group the highest scores stay
         alive = self.pruner.graph.alive.copy()
-        for k, g in self.groups.items(): alive[g.roots[g.alive][~_highest(self.problem.scores[k], counts[k]).cpu().numpy()]] = False
+        for k, g in self.groups.items(): alive[g.roots[~_highest(self.problem.scores[k], counts[k]).cpu().numpy()]] = False
         return alive
 
     def proof(self, alive): # can it go?
@@ -158,16 +164,16 @@ class Budget:
             scores, size, shapes, least, most, step = self._groups()
             self.problem = Problem(scores, self.cost, size, shapes, least, most, step, self.loss if p.data is not None else None)
             if p.context.name in allocators: check_needs(p.context.name, self.problem)
-            self.learn(most, now)
+            self.learn(self.left, now)
             low = self.problem.at(self.problem.low)
-            if self.line.get('latency', (0.,))[0] == 1 and self._over(low): self.line['latency'] = now[[g.name for g in self.goals].index('latency')]/self.predictor.latency(most), 0. # or all of it is too high
+            if self.line.get('latency', (0.,))[0] == 1 and self._over(low): self.line['latency'] = now[[g.name for g in self.goals].index('latency')]/self.predictor.latency(self.left), 0. # or all of it is too high
             if not self._over(low): return now
             if self.proof(chosen := self.chosen(low)): break # measured: the prediction may be wrong
         self.learn(low, got := self.measure(chosen))
         for g, v, final in zip(self.goals, got, self.final):
             if v > final*(1 + (1e-9 if g.counted else g.tolerance)):
                 raise ValueError(f"objective {g.objective.text!r} asks for {g.show(final)} of {g.show(g.dense)}; the nearest that is possible, with everything removed that can be removed, is {g.show(v)}: "
-                                 f"{sum(low.values()):,} of {sum(most.values()):,} units in {len(most)} groups stay (min_kept={p.min_kept}, max_sparsity={p.max_sparsity:g})")
+                                 f"{sum(low.values()):,} of {sum(self.left.values()):,} units in {len(low)} groups stay (min_kept={p.min_kept}, max_sparsity={p.max_sparsity})")
         return now
 
     def _over(self, low): return any(self.predict(g.name, low) > final*(1 + 1e-9) for g, final in zip(self.goals, self.final))
@@ -247,8 +253,10 @@ class MaskBudget(Budget):
         alive = lambda u: p.masks.masks[u.shares[0].name].keep.flatten() if u.shares[0].name in p.masks else None
         self.items = {k: Scored(u, p.criteria, p.refs, alive(u)) for k, u in self.units.items()}
         scores = {k: it.all() if it.alive is None else torch.where(it.alive.to(it.device), it.all(), it.all().min() - 1) for k, it in self.items.items()} # what is zero stays zero
-        least = {k: max(min(p.min_kept if p.min_kept is not None else 1, u.n), math.ceil(u.n*(1 - p.max_sparsity/100) - 1e-9)) for k, u in self.units.items()}
-        return scores, {k: u.numel/u.n for k, u in self.units.items()}, {k: tuple(u.shares[0].param.shape) for k, u in self.units.items()}, least, {k: int(it.alive.sum()) if it.alive is not None else it.n for k, it in self.items.items()}, dict.fromkeys(self.units, 1)
+        self.left = {k: int(it.alive.sum()) if it.alive is not None else it.n for k, it in self.items.items()}
+        least = {k: max(min(p.min_kept if p.min_kept is not None else 1, u.n), math.ceil(u.n*(1 - limit_of(p.max_sparsity, layer[k], 100.)/100) - 1e-9)) for k, u in self.units.items()}
+        most = {k: min(self.left[k], most_kept(k, u.n, least[k], limit_of(p.min_sparsity, layer[k], 0.))) for k, u in self.units.items()}
+        return scores, {k: u.numel/u.n for k, u in self.units.items()}, {k: tuple(u.shares[0].param.shape) for k, u in self.units.items()}, least, most, dict.fromkeys(self.units, 1)
 
     def _before(self, now): return now if not self.pruner.masks.masks else dict(nonzero=now['parameters'], effective_macs=now['macs'], disk_sparse=now['disk'])
     def now(self): return self.pruner.masks
