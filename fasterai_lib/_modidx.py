@@ -995,6 +995,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fasterai_lib/prune/compress.py'),
                                              'fasterai_lib.prune.compress._set_random_state': ( 'prune/compress.html#_set_random_state',
                                                                                                 'fasterai_lib/prune/compress.py'),
+                                             'fasterai_lib.prune.compress._simple': ( 'prune/compress.html#_simple',
+                                                                                      'fasterai_lib/prune/compress.py'),
                                              'fasterai_lib.prune.compress.compress': ( 'prune/compress.html#compress',
                                                                                        'fasterai_lib/prune/compress.py')},
             'fasterai_lib.prune.constants': { 'fasterai_lib.prune.constants._Constants': ( 'prune/constants.html#_constants',

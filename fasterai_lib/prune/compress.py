@@ -22,9 +22,9 @@ import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.basics import patch
+from fastcore.foundation import L
 from safetensors.torch import load_model, save_model
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from ..core.allocation import Context
 from ..core.allocators import allocators
@@ -93,16 +93,19 @@ def _set_random_state(learn, s):
     np.random.set_state((s['numpy'][0], s['numpy'][1].numpy().astype(np.uint32), *s['numpy'][2:]))
     for dl, state in zip([dl for dl in learn.dls.loaders if isinstance(getattr(dl, 'rng', None), random.Random)], s['loaders']): dl.rng.setstate(python(*state))
 
+def _simple(x): # of what may be read back safely: fastai has lists and tensors of its own, and keeps NumPy's numbers
+    if isinstance(x, dict): return {k: _simple(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple, L)): return [_simple(v) for v in x]
+    return x.item() if isinstance(x, np.generic) else x.as_subclass(torch.Tensor).contiguous() if isinstance(x, torch.Tensor) else x
+
 class _Folder: # of a run: settings.json, log.json, and step_N.safetensors with step_N.state
     def __init__(self, path, settings):
-        self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path, self.settings = Path(path), settings
         known = self.path/'settings.json'
         if known.exists():
             was = self._json(known)
             if odd := [k for k in {**was, **settings} if was.get(k) != settings.get(k)]:
                 raise ValueError(f"{self.path} holds another run: {', '.join(f'{k} was {was.get(k)!r} there and is {settings.get(k)!r} here' for k in odd)}. Use another path, or remove it")
-        else: self._write(known, json.dumps(settings, indent=1))
 
     def _json(self, path):
         try: found = json.loads(path.read_text())
@@ -123,9 +126,11 @@ class _Folder: # of a run: settings.json, log.json, and step_N.safetensors with 
 
     def save(self, run, step): # the log last: before that, the step is not done
         model, last = run.model, self.path/f'step_{step}.state'
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write(self.path/'settings.json', json.dumps(self.settings, indent=1))
         if model.__dict__.get(_record): save_pruned(model, self.path/f'step_{step}.safetensors')
         else: save_model(model, str(self.path/f'step_{step}.safetensors'))
-        torch.save(dict(random=_random_state(run.learn), opt=tree_map(lambda v: v.item() if isinstance(v, np.generic) else v, run.learn.opt.state_dict()) if run.learn.opt is not None else None, refs={n: r.contiguous() for n, r in run.maker.refs.items()},
+        torch.save(dict(random=_random_state(run.learn), opt=None if run.learn.opt is None else _simple(run.learn.opt.state_dict()), refs=_simple(run.maker.refs),
                         kept=torch.from_numpy(run.maker.graph.alive) if run.remove else None, pins=[(torch.from_numpy(l), r) for l, r in run.maker.graph.pins] if run.remove else None), last)
         if not run.remove: run.maker.masks.save(self.path/f'step_{step}.masks')
         self._write(self.path/'log.json', json.dumps(dict(run.state, step=step)))
@@ -159,6 +164,8 @@ class Compression:
         self.costs, self.floors = [o for o in self.objectives if o.is_cost], [o for o in self.objectives if not o.is_cost]
         self.steps, self.retries, self.n_batches = _whole(steps, 'steps', 1), _whole(retries, 'retries', 0), _whole(n_batches, 'n_batches', 1)
         if not callable(fine_tune): _whole(fine_tune, 'fine_tune', 0)
+        for k, v in dict(steps=steps, retries=retries, n_batches=n_batches, fine_tune=fine_tune).items():
+            if v is None: raise TypeError(f"{k} must be a whole number{' or a function of the Learner' if k == 'fine_tune' else ''}, got None")
         self.schedule = copy.copy(as_schedule(schedule))
         self.schedule.start, self.schedule.end = (0., None), (1., None) # its shape, over all steps
         device, given = next(self.model.parameters()).device, how
