@@ -39,7 +39,7 @@ class _Timed: # an operator whose time counts
     key: tuple
     n: int # How often it runs
     axes: list # Of its tensors, those that may shrink
-    at: list # Their places in `Predictor.shrinking`
+    at: list # Their places in `Predictor.sizes`
     seconds: dict = field(default_factory=dict) # Sizes to seconds, those that were asked for
     measured: dict = field(default_factory=dict) # Those of them that were measured
 
@@ -73,8 +73,11 @@ class Predictor:
         self.axes = {k: list(dict.fromkeys(a for c in k[2] if isinstance(c, _Cell) for a in c.axes if a.parts)) for k in self.ops} # those that may shrink
         self.counted = [(f, n) for k, n in self.ops.items() if (f := self._product(k))]
         self.growing = {a for (_, axes), _ in self.counted for a in axes}
-        self.shrinking = {a: i for i, a in enumerate(dict.fromkeys(a for axes in self.axes.values() for a in axes))}
-        self.timed = [_Timed(k, n, self.axes[k], [self.shrinking[a] for a in self.axes[k]]) for k, n in self.ops.items() if not _is_view(k[0])]
+        place = {a: i + 1 for i, a in enumerate(dict.fromkeys(a for axes in self.axes.values() for a in axes))}
+        self.sizes = [(0, ()), *((a.fixed, a.parts) for a in place)] # the first changes once, for operators without such an axis
+        self.timed = [_Timed(k, n, self.axes[k], [place[a] for a in self.axes[k]]) for k, n in self.ops.items() if not _is_view(k[0])]
+        self.users = [[j for j, t in enumerate(self.timed) if i in (t.at or [0])] for i in range(len(self.sizes))]
+        self._last = [None]*len(self.sizes), [0.]*len(self.timed) # sizes, and the seconds of each operator
 
     def _axes(self, labels, shape): return tuple(self._axis(a, s) for a, s in zip(labels or [None]*len(shape), shape))
     def _axis(self, labels, size): # what it is made of
@@ -148,8 +151,13 @@ class Predictor:
                 ) -> float: # Seconds
         "The sum of the times of the operators, each measured by itself"
         if self.table is None: self.table = LatencyTable()
-        size = [a(counts or self.n) for a in self.shrinking] # each once: this runs thousands of times
-        return sum(t.n*self._seconds(t, tuple([size[i] for i in t.at])) for t in self.timed)
+        counts = counts or self.n
+        size = [fixed + sum([k*counts[g] for g, k in parts]) for fixed, parts in self.sizes]
+        was, spent = self._last # this runs thousands of times, and from one to the next little changes
+        changed = {j for i, (a, b) in enumerate(zip(size, was)) if a != b for j in self.users[i]}
+        for j, s in [(j, self._seconds(t, tuple([size[i] for i in t.at]))) for j in changed for t in [self.timed[j]]]: spent[j] = self.timed[j].n*s
+        self._last = size, spent
+        return sum(spent)
 
     def _seconds(self, t, sizes): # interpolated between the sizes that are measured
         if sizes not in t.seconds:
