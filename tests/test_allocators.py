@@ -447,8 +447,14 @@ def test_whole_units_in_steps(name, round_to):
 def test_contexts_say_what_there_is():
     m, x = net(), torch.randn(1, 4, 12, 12)
     for name in ('netadapt', 'sensitivity', 'simulated_annealing'):
-        for f in (lambda: Sparsifier(m, 'weight', name, 'large_final'), lambda: Pruner(m, x, context=name)):
+        for f in (lambda: Sparsifier(m, 'weight', name, 'large_final').plan(50), lambda: Pruner(m, x, context=name).plan(50), lambda: Pruner(m, x, context=name).prune_model({'0': 50})):
             with pytest.raises(ValueError, match='tries candidates out'): f()
+        p = Pruner(m, x, context=name, data=[(x, torch.tensor([1]))], loss=nn.CrossEntropyLoss()) # there is something to try them out on, and something to reach
+        before = sum(t.numel() for t in m.parameters())
+        plan = p.plan('70% parameters')
+        small = plan.remove(copy.deepcopy(m))
+        assert .6*before < sum(t.numel() for t in small.parameters()) <= .7*before
+        with pytest.raises(ValueError, match='works in compress'): p.plan(30)
     with pytest.raises(ValueError, match="did you mean 'knapsack'"): as_context('knapsak')
     with pytest.raises(ValueError, match="did you mean 'erk'"): Pruner(m, x, context='erkk')
     for name in ('per_row', 'balanced', 'balanced 4', '2:4'):

@@ -17,6 +17,7 @@ from .granularity import suggest
 _alias = {'params': 'parameters', 'parameter': 'parameters', 'weights': 'parameters', 'mac': 'macs', 'time': 'latency', 'non_zero': 'nonzero', 'activation': 'activations', 'activation_memory': 'activations',
           'speed': 'throughput', 'sparse_disk': 'disk_sparse', 'compressed_disk': 'disk_compressed', 'compressed': 'disk_compressed', 'on_disk': 'disk', 'in_memory': 'memory'}
 _unit = {'s': ('latency', 1.), 'ms': ('latency', 1e-3), 'us': ('latency', 1e-6), 'µs': ('latency', 1e-6), 'b': ('disk', 1.), 'kb': ('disk', 1e3), 'mb': ('disk', 1e6), 'gb': ('disk', 1e9),
+         **dict.fromkeys(('second', 'seconds', 'sec'), ('latency', 1.)), **dict.fromkeys(('millisecond', 'milliseconds'), ('latency', 1e-3)), **dict.fromkeys(('byte', 'bytes'), ('disk', 1.)),
          'kib': ('disk', 2.**10), 'mib': ('disk', 2.**20), 'gib': ('disk', 2.**30), '/s': ('throughput', 1.)} # and what it is a unit of, where nothing else is said
 _many = {'': 1., 'k': 1e3, 'm': 1e6, 'g': 1e9, 'b': 1e9, 't': 1e12}
 _same_unit = {'latency': 'latency', 'throughput': 'throughput', **dict.fromkeys(('disk', 'disk_sparse', 'disk_compressed', 'memory', 'activations'), 'disk')}
@@ -89,7 +90,7 @@ def as_objective(
     if not m: raise ValueError(f"objective {o!r}: {_how}")
     v, rest = float(m[1]), m[2]
     if not (math.isfinite(v) and v > 0): raise ValueError(f"objective {o!r}: the amount must be positive, got {m[1]}")
-    if r := re.fullmatch(r'(%|percent|x|×)\s*(?:of\s+)?(.*)', rest, re.I):
+    if r := re.fullmatch(r'(%|percent|x|×)\s*(?:of(?:\s+|$))?(.*)', rest, re.I):
         if not r[2]: raise ValueError(f"objective {o!r}: of what? Write for example '{m[1]}{r[1]} latency'; allowed: {', '.join(quantities)}")
         name = _quantity(r[2], o)
         more = quantities[name].more_is_better

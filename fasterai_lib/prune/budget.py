@@ -40,10 +40,10 @@ def measure(
     reference: nn.Module = None, # Timed in turn with `model`
 ) -> dict: # Name to value; and `'reference'`, the latency of the reference
     "What a model costs now"
-    out = cost(model, example_inputs, latency=False, disk=any(n.startswith('disk') for n in names)).total if set(names) - {'latency', 'throughput'} else {}
+    out = cost(model, example_inputs, latency=False, disk='disk_compressed' in names).total if set(names) - {'latency', 'throughput'} else {}
     if {'latency', 'throughput'} & set(names):
         runs = time_models([(m, example_inputs) for m in (model, reference) if m is not None])
-        out = {**out, 'latency': runs[0].median, 'throughput': runs[0].throughput, 'reference': runs[-1].median}
+        out = {**out, 'latency': runs[0].median, 'throughput': runs[0].throughput, **({} if reference is None else {'reference': runs[1].median})}
     return {n: out[n] for n in (*names, 'reference') if n in out}
 
 @dataclass
@@ -75,7 +75,7 @@ class Budget:
         if floors := [o for o in objectives if not o.is_cost]: raise ValueError(f"objective {floors[0].text!r}: metrics are for compress, which evaluates the model; a {type(pruner).__name__} knows costs")
         self.pruner, self.table, self.tried, self.best, self.dense, self.inputs = pruner, table, [], {}, dict(dense or {}), pruner.prover.inputs if inputs is None else inputs
         names = ['latency' if o.name == 'throughput' else o.name for o in objectives]
-        if missing := [n for n in names if n not in self.dense]: self.dense.update(measure(pruner.model, self.inputs, missing))
+        if missing := [o for o, n in zip(objectives, names) if n not in self.dense]: self.dense.update(self._at_first(missing))
         self.reference = copy.deepcopy(pruner.model) if reference is None and 'latency' in names else reference
         n = next(len(t) for t in tensors_in(self.inputs) if t.ndim)
         self.goals = [_Goal(o, m, self.dense[m], n/o.target(n/self.dense[m]) if o.name == 'throughput' else o.target(self.dense[m]), n if o.name == 'throughput' else None) for o, m in zip(objectives, names)]
@@ -90,7 +90,21 @@ class Budget:
         for g, t in zip(self.goals, self.final): g.target = g.dense + share*(t - g.dense) if t < g.dense else t
         return self
 
+    def _at_first(self, missing): # costs of the model before anything was removed from it
+        names = ['latency' if o.name == 'throughput' else o.name for o in missing]
+        now = measure(self.pruner.model, self.inputs, [*(q for q in quantities if quantities[q].counted and q != 'disk_compressed' or q in names)])
+        first = self._before(now)
+        for o, n in zip(missing, names):
+            if o.relative and n not in first: raise ValueError(f"objective {o.text!r}: the {n} of the model before it lost anything is not known; pass Budget(..., dense={{{n!r}: ...}}), or ask for an amount")
+        return {**now, **first}
+
     # --- what is decided on: here units of a Pruner
+    def _before(self, now): # those of its costs before the first removal that shapes alone tell
+        graph = self.pruner.graph
+        if graph.alive.all(): return now
+        with graph.when(np.ones_like(graph.alive)): first = Predictor(graph)
+        return dict(parameters=first.parameters(), memory=first.memory(), disk=first.disk(), macs=now['macs']*first.macs()/(Predictor(graph).macs() or 1))
+
     def _groups(self): # scores, weights per unit, shapes, fewest and most that are kept, and their multiples
         p = self.pruner
         self.groups = {g.name: g for g in p.groups if len(g.roots) > 1}
@@ -113,11 +127,17 @@ class Budget:
 
     # --- what the allocator sees
     def predict(self, name, counts): # with what measuring has taught
-        factor, more = self.scale.get(name, (1., 0.))
+        factor, more = self.line[name]
         return getattr(self.predictor, self.like.get(name, name))(counts)*factor + more
-    def learn(self, name, predicted, measured): # a latency has a part that no operator tells: what Python does in between
-        factor, more = self.scale.get(name, (1., 0.))
-        self.scale[name] = (factor, more + measured - predicted) if name == 'latency' and more + measured > predicted else (factor*measured/predicted, more*measured/predicted)
+    def learn(self, counts, measured): # for each cost, the line through what was measured at first and what was measured last
+        for g, m1 in zip(self.goals, measured):
+            p1, first = getattr(self.predictor, self.like.get(g.name, g.name))(counts), self.points.setdefault(g.name, [])
+            p0, m0 = first or (p1, m1)
+            if not first: first[:] = p1, m1
+            slope = (m1 - m0)/(p1 - p0) if p1 != p0 else 0.
+            if g.name == 'latency' and (p1, m1) == (p0, m0) and m1 > p1: slope = 1. # a part that no operator tells: what Python does in between
+            if slope <= 0: slope = m1/p1 if p1 else 1.
+            self.line[g.name] = slope, m1 - slope*p1
     def cost(self, counts): # of what is furthest from its target, as a share of it
         return max(self.predict(g.name, counts)/g.target for g in self.goals)
 
@@ -133,18 +153,24 @@ class Budget:
 
     def look(self) -> list: # what it costs now, one per goal
         "Score the units and see whether the objective is possible"
-        self.scale, p = {}, self.pruner
-        scores, size, shapes, least, most, step = self._groups()
-        self.problem = Problem(scores, self.cost, size, shapes, least, most, step, self.loss if p.data is not None else None)
-        if p.context.name in allocators: check_needs(p.context.name, self.problem)
-        now, low = self.measure(self.now()), self.problem.at(self.problem.low)
-        for g, v in zip(self.goals, now):
-            if g.name not in self.scale: self.learn(g.name, self.predict(g.name, most), v)
-        for g, final in zip(self.goals, self.final):
-            if (nearest := self.predict(g.name, low)) > final*(1 + g.tolerance*(not g.counted)):
-                raise ValueError(f"objective {g.objective.text!r} asks for {g.show(final)} of {g.show(g.dense)}; the nearest that is possible, with everything removed that can be removed, is {g.show(nearest)}: "
+        p, self.points, self.line, now = self.pruner, {}, {}, self.measure(self.now())
+        while True:
+            scores, size, shapes, least, most, step = self._groups()
+            self.problem = Problem(scores, self.cost, size, shapes, least, most, step, self.loss if p.data is not None else None)
+            if p.context.name in allocators: check_needs(p.context.name, self.problem)
+            self.learn(most, now)
+            low = self.problem.at(self.problem.low)
+            if self.line.get('latency', (0.,))[0] == 1 and self._over(low): self.line['latency'] = now[[g.name for g in self.goals].index('latency')]/self.predictor.latency(most), 0. # or all of it is too high
+            if not self._over(low): return now
+            if self.proof(chosen := self.chosen(low)): break # measured: the prediction may be wrong
+        self.learn(low, got := self.measure(chosen))
+        for g, v, final in zip(self.goals, got, self.final):
+            if v > final*(1 + (1e-9 if g.counted else g.tolerance)):
+                raise ValueError(f"objective {g.objective.text!r} asks for {g.show(final)} of {g.show(g.dense)}; the nearest that is possible, with everything removed that can be removed, is {g.show(v)}: "
                                  f"{sum(low.values()):,} of {sum(most.values()):,} units in {len(most)} groups stay (min_kept={p.min_kept}, max_sparsity={p.max_sparsity:g})")
         return now
+
+    def _over(self, low): return any(self.predict(g.name, low) > final*(1 + 1e-9) for g, final in zip(self.goals, self.final))
 
     # --- reaching it
     @property
@@ -157,7 +183,8 @@ class Budget:
         self.best = {g.name + end: x for g, v in zip(self.goals, now) for end, x in ((' asked', g.target), (' predicted', v), (' measured', v))}
         if all(v <= g.target for g, v in zip(self.goals, now)): return self.now()
         while len(tried) < self.tries:
-            counts = dict(choose(self.problem, 1.))
+            low = self.problem.at(self.problem.low)
+            counts = self.filled(dict(choose(self.problem, 1.))) if self.problem.fits(low, 1.) else low
             if counts in tried: break # nothing new comes of it
             chosen = self.chosen(counts)
             if not self.proof(chosen): self.look(); continue # some of it cannot go: choose among the others
@@ -168,9 +195,17 @@ class Budget:
             fits = all(v <= g.target*(1 + (1e-9 if g.counted else g.tolerance)) for g, v in zip(self.goals, got))
             if fits and (best is None or abs(off) < abs(best[0])): best, self.best = (off, chosen), self.tried[-1]
             if fits and abs(off) <= (.01 if all(g.counted for g in self.goals) else .03): break
-            for name, s, v in {g.name: (g.name, s, v) for g, s, v in zip(self.goals, said, got)}.values(): self.learn(name, s, v)
+            self.learn(counts, got)
         if best is None: raise ValueError(f"{self}: no model found that meets it in {len(tried)} tries; the last is at {', '.join(f'{100*v/g.target:.1f} % of the {g.objective.name} asked for' for g, v in zip(self.goals, got))}")
         return best[1]
+
+    def filled(self, counts): # with what the allocator's own order left unused, one step of each group in turn, the largest first
+        p, moved = self.problem, True
+        while moved and p.cost(counts) < .99:
+            moved = False
+            for g in sorted(counts, key=lambda g: -p.size[g]*p.step[g]):
+                if (k := p.above(g, counts[g])) is not None and p.fits({**counts, g: k}, 1.): counts[g], moved = k, True
+        return counts
 
     @property
     def df(self) -> pd.DataFrame: # In seconds, bytes and counts
@@ -199,7 +234,7 @@ class MaskBudget(Budget):
     ):
         for o in as_objectives(objective):
             if o.is_cost and o.name not in (able := ('nonzero', 'effective_macs', 'disk_sparse', 'disk_compressed')): raise ValueError(f"objective {o.text!r}: zeros do not change the {quantities[o.name].title} of a model, removal does; with masks only: {', '.join(able)}")
-        sparsifier.context.check_whole()
+        if sparsifier.context.allocator is None and sparsifier.context.name not in ('local', 'global'): raise ValueError(f"context {sparsifier.context.name!r} settles how much goes where; with an objective: local, {', '.join(allocators)}")
         super().__init__(sparsifier, objective, inputs=example_inputs, **kwargs)
 
     def _groups(self):
@@ -215,6 +250,7 @@ class MaskBudget(Budget):
         least = {k: max(min(p.min_kept if p.min_kept is not None else 1, u.n), math.ceil(u.n*(1 - p.max_sparsity/100) - 1e-9)) for k, u in self.units.items()}
         return scores, {k: u.numel/u.n for k, u in self.units.items()}, {k: tuple(u.shares[0].param.shape) for k, u in self.units.items()}, least, {k: int(it.alive.sum()) if it.alive is not None else it.n for k, it in self.items.items()}, dict.fromkeys(self.units, 1)
 
+    def _before(self, now): return now if not self.pruner.masks.masks else dict(nonzero=now['parameters'], effective_macs=now['macs'], disk_sparse=now['disk'])
     def now(self): return self.pruner.masks
     def chosen(self, counts) -> Masks:
         fresh = {}

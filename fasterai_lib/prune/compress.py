@@ -24,11 +24,13 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from safetensors.torch import load_model, save_model
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from ..core.allocation import Context
+from ..core.allocators import allocators
 from ..core.cost import quantities
 from ..core.criteria import Criteria
-from ..core.granularity import Tile, suggest
+from ..core.granularity import Granularities, Tile, suggest
 from ..core.masks import Masks
 from ..core.objective import Objective, as_objectives
 from ..core.running import batches
@@ -43,7 +45,7 @@ from ..sparse.sparsify_callback import MaskCallback
 # %% ../../nbs/prune/compress.ipynb #c0d5cf70
 class _KeepBest(Callback): # the weights of the best epoch of a fit
     order = MaskCallback.order + 1
-    def __init__(self, metric, less): self.metric, self.less = metric, less
+    def __init__(self, metric, less): self.metric, self.less = metric, less # is less better?
     def before_fit(self): self.best, self.weights = None, None
     def after_epoch(self):
         v = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))[self.metric]
@@ -64,13 +66,15 @@ def _fingerprint(model): # of all weights
     return h.hexdigest()
 
 class _Snapshot: # to go back to where a step began
-    def __init__(self, model, maker):
+    def __init__(self, model, maker, opt=None): # its optimizer
         self.undo, self.maker = Undo(), maker
         for t in sources(model).values(): self.undo.tensors[id(t)] = t, t.data.clone(), None
         for m in model.modules(): self.undo.module(m)
+        self.opt, self.state = opt, None if opt is None else copy.deepcopy(opt.state_dict())
         self.kept = (maker.graph.alive, dict(maker.prover.bindings), dict(maker.refs)) if isinstance(maker, Pruner) else (maker.masks, dict(maker.refs))
     def restore(self):
         self.undo.restore()
+        if self.opt is not None: self.opt.load_state_dict(self.state)
         if isinstance(self.maker, Pruner): self.maker.graph.alive, self.maker.prover.bindings, self.maker.refs = self.kept
         else: self.maker.masks, self.maker.refs = self.kept
 
@@ -95,14 +99,16 @@ class _Folder: # of a run: settings.json, log.json, and step_N.safetensors with 
         self.path.mkdir(parents=True, exist_ok=True)
         known = self.path/'settings.json'
         if known.exists():
-            try: was = json.loads(known.read_text())
-            except json.JSONDecodeError as e: raise ValueError(f"{known}: not the settings of a run ({e})") from None
+            was = self._json(known)
             if odd := [k for k in {**was, **settings} if was.get(k) != settings.get(k)]:
                 raise ValueError(f"{self.path} holds another run: {', '.join(f'{k} was {was.get(k)!r} there and is {settings.get(k)!r} here' for k in odd)}. Use another path, or remove it")
         else: self._write(known, json.dumps(settings, indent=1))
 
-    @property
-    def masks(self): return self.path/'masks.safetensors'
+    def _json(self, path):
+        try: found = json.loads(path.read_text())
+        except (ValueError, OSError) as e: raise ValueError(f"{path}: not of a run of compress, or damaged ({e}). Use another path, or remove it") from None
+        if not isinstance(found, dict): raise ValueError(f"{path}: not of a run of compress, or damaged. Use another path, or remove it")
+        return found
 
     def _write(self, path, text): # all of it or nothing
         part = path.with_name(path.name + '.part')
@@ -111,28 +117,38 @@ class _Folder: # of a run: settings.json, log.json, and step_N.safetensors with 
 
     def read(self): # what was done so far
         log = self.path/'log.json'
-        return json.loads(log.read_text()) if log.exists() else None
+        if not log.exists(): return None
+        if lost := {'dense', 'log', 'done', 'left', 'stopped', 'step'} - (found := self._json(log)).keys(): raise ValueError(f"{log}: not of a run of compress, or damaged ({', '.join(sorted(lost))} missing). Use another path, or remove it")
+        return found
 
     def save(self, run, step): # the log last: before that, the step is not done
         model, last = run.model, self.path/f'step_{step}.state'
         if model.__dict__.get(_record): save_pruned(model, self.path/f'step_{step}.safetensors')
         else: save_model(model, str(self.path/f'step_{step}.safetensors'))
-        torch.save(dict(random=_random_state(run.learn), opt=run.learn.opt.state_dict() if run.learn.opt is not None else None, refs={n: r.contiguous() for n, r in run.maker.refs.items()},
-                        kept=torch.from_numpy(run.maker.graph.alive) if run.remove else None), last)
-        if not run.remove: run.maker.masks.save(self.masks)
+        torch.save(dict(random=_random_state(run.learn), opt=tree_map(lambda v: v.item() if isinstance(v, np.generic) else v, run.learn.opt.state_dict()) if run.learn.opt is not None else None, refs={n: r.contiguous() for n, r in run.maker.refs.items()},
+                        kept=torch.from_numpy(run.maker.graph.alive) if run.remove else None, pins=[(torch.from_numpy(l), r) for l, r in run.maker.graph.pins] if run.remove else None), last)
+        if not run.remove: run.maker.masks.save(self.path/f'step_{step}.masks')
         self._write(self.path/'log.json', json.dumps(dict(run.state, step=step)))
-        for old in self.path.glob('step_*.state'):
-            if old != last: old.unlink()
+        for old in self.path.glob('step_*.*'):
+            if old.suffix in ('.state', '.masks') and old.stem != last.stem: old.unlink()
 
     def load(self, run, step):
-        state = torch.load(self.path/f'step_{step}.state', map_location='cpu', weights_only=True)
-        run.resume(state)
-        load_model(run.model, str(self.path/f'step_{step}.safetensors'))
-        run.maker.refs = {n: r.to(next(run.model.parameters()).device) for n, r in state['refs'].items()}
-        if state['opt'] is not None:
-            if run.learn.opt is None: run.learn.create_opt()
-            run.learn.opt.load_state_dict(state['opt'])
-        _set_random_state(run.learn, state['random'])
+        before, opt = _Snapshot(run.model, run.maker), run.learn.opt
+        try:
+            state = torch.load(self.path/f'step_{step}.state', map_location='cpu', weights_only=True)
+            run.resume(state, self.path/f'step_{step}.masks')
+            load_model(run.model, str(self.path/f'step_{step}.safetensors'))
+            run.maker.refs = {n: r.to(next(run.model.parameters()).device) for n, r in state['refs'].items()}
+            run.learn.opt = None # made anew, for the model as it is now
+            if state['opt'] is not None:
+                run.learn.create_opt()
+                run.learn.opt.load_state_dict(state['opt'])
+            _set_random_state(run.learn, state['random'])
+        except BaseException as e:
+            before.restore()
+            run.learn.opt = opt
+            if not isinstance(e, Exception): raise
+            raise ValueError(f"{self.path}: step {step} cannot be read ({type(e).__name__}: {e}). Use another path, or remove it") from e
 
 # %% ../../nbs/prune/compress.ipynb #95f78814
 class Compression:
@@ -145,20 +161,24 @@ class Compression:
         if not callable(fine_tune): _whole(fine_tune, 'fine_tune', 0)
         self.schedule = copy.copy(as_schedule(schedule))
         self.schedule.start, self.schedule.end = (0., None), (1., None) # its shape, over all steps
-        device = next(self.model.parameters()).device
+        device, given = next(self.model.parameters()).device, how
         self.inputs = _examples(next(iter(batches(learn.dls, device))).inputs, device) if example_inputs is None else example_inputs
-        how = dict(how, criteria=criteria, context=context, loss=learn.loss_func)
+        measured = 'measure' in getattr(allocators.get(context), 'needs', ()) if isinstance(context, str) else False
+        how = dict(how, criteria=criteria, context=context, loss=learn.loss_func, **(dict(data=learn.dls) if measured else {})) # each step looks at its own
+        if layer_type is None: layer_type = tuple(t for t in (nn.Conv2d, nn.Linear) if not isinstance(granularity, str) or granularity in Granularities.available(t)) or (nn.Conv2d, nn.Linear)
         self.maker = Pruner(self.model, self.inputs, **how) if remove else Sparsifier(self.model, granularity, layer_type=layer_type, **how)
-        dense = _evaluate(learn)
+        settings = dict(objective=[o.text for o in self.objectives], criteria=str(self.maker.criteria), context=self.maker.context.name, schedule=f'{self.schedule.name} {self.schedule.kwargs or ""}'.strip(), steps=self.steps,
+                        fine_tune=getattr(fine_tune, '__qualname__', repr(fine_tune)), remove=remove, n_batches=n_batches, keep_best=keep_best, retries=retries, **{k: repr(v) for k, v in sorted(given.items())},
+                        **({} if remove else dict(granularity=repr(granularity), layer_type=repr(layer_type))), model=_fingerprint(self.model)[:16])
+        self.folder = None if path is None else _Folder(path, settings)
+        found = self.folder and self.folder.read()
+        dense = found['dense']['metrics'] if found else _evaluate(learn)
         for o in self.floors:
             if o.name not in dense: raise ValueError(f"objective {o.text!r}: the Learner has no metric {o.name!r}; {suggest(o.name, list(dense))}")
             o.target(dense[o.name])
         self.monitor = (self.floors[0].name if self.floors else [*dense, 'valid_loss'][1]) if keep_best is True else keep_best
         if self.monitor and self.monitor not in dense: raise ValueError(f"keep_best={keep_best!r}: the Learner has no metric {self.monitor!r}; {suggest(self.monitor, list(dense))}")
-        settings = dict(objective=[o.text for o in self.objectives], criteria=str(self.maker.criteria), context=self.maker.context.name, schedule=self.schedule.name, steps=self.steps, fine_tune=getattr(fine_tune, '__qualname__', fine_tune),
-                        remove=remove, model=_fingerprint(self.model))
-        self.folder = None if path is None else _Folder(path, settings)
-        found = self.folder and self.folder.read()
+        self.less = any(w in (self.monitor or '').lower() for w in ('loss', 'error', 'perplexity', 'mse', 'mae', 'msle')) or any(o.name == self.monitor and o.sense == '<=' for o in self.floors)
         self.state = {k: v for k, v in (found or {}).items() if k != 'step'} or dict(dense=dict(metrics=dense, costs=measure(self.model, self.inputs, [*dict.fromkeys(('latency' if o.name == 'throughput' else o.name for o in self.costs)), 'parameters', 'nonzero', 'macs'])), log=[], done=0., left=None, stopped=None)
         self.budget = (Budget(self.maker, self.costs, self.dense['costs']) if remove else MaskBudget(self.maker, self.costs, self.inputs, dense=self.dense['costs']))
         if self.state['left'] is None: self.state['left'] = self.way()
@@ -182,12 +202,13 @@ class Compression:
     @property
     def reached(self) -> bool:
         "Is every objective met?"
-        return self.state['done'] >= 1 - 1e-9 and not self.state['left'] and self.state['stopped'] is None
+        if self.state['left'] or self.state['stopped'] is not None or not self.state['log']: return False
+        return all(self.state['log'][-1][g.name] <= t*(1 + g.tolerance) for g, t in zip(self.budget.goals, self.budget.final))
     def __repr__(self):
         last, show = [r for r in self.df.to_dict('records') if r['kept']][-1], []
         for g in self.budget.goals: show.append(f"{g.objective.text}: {g.show(g.dense)} → {g.show(last[g.name])}")
         for n, v in self.dense['metrics'].items(): show.append(f"{n}: {v:.4g} → {last[n]:.4g}")
-        return f"Compression({'reached' if self.reached else self.state['stopped'] or 'not finished'} in {len(self.state['log'])} steps; {', '.join(show)})"
+        return f"Compression({'reached' if self.reached else self.state['stopped'] or ('not finished' if self.state['left'] else 'missed by what training on has changed')} in {len(self.state['log'])} steps; {', '.join(show)})"
 
     def plot(self,
         cost: str = None, # A cost of the log; by default the first that was asked for
@@ -214,13 +235,14 @@ class Compression:
         return ax
 
     # --- one step
-    def resume(self, state): # what was kept, in a fresh model
+    def resume(self, state, masks): # what was kept, in a fresh model
         if self.remove:
+            for labels, reason in state['pins'][len(self.maker.graph.pins):]: self.maker.graph.pin(labels.numpy(), reason)
             alive = np.ones(len(self.maker.graph.alive), bool)
             alive[:] = state['kept'].numpy()
-            if (blame := self.maker.proof(alive)) is not None: raise ValueError(f"{self.folder.path}: what was removed cannot be removed from this model: {blame[1][0]}")
+            if (blame := self.maker.proof(alive)) is not None: raise ValueError(f"what was removed cannot be removed from this model: {blame[1][0]}")
             self.maker.adopt(alive)
-        else: self.maker.masks = Masks.load(self.folder.masks)
+        else: self.maker.masks = Masks.load(masks)
 
     def step(self, share):
         learn, m, b, start = self.learn, self.maker, self.budget.at(share), time.time()
@@ -231,32 +253,33 @@ class Compression:
         if not self.remove: m.adopt(chosen)
         elif not np.array_equal(chosen, m.graph.alive): m.adopt(chosen, learn.opt)
         pruned = _evaluate(learn)
-        cbs = [*([] if self.remove else [MaskCallback(m.masks)]), *([_KeepBest(self.monitor, 'loss' in self.monitor or 'error' in self.monitor)] if self.monitor and self.fine_tune else [])]
+        cbs = [*([] if self.remove else [MaskCallback(m.masks)]), *([_KeepBest(self.monitor, self.less)] if self.monitor and self.fine_tune else [])]
         if self.fine_tune:
             with learn.no_bar(), learn.no_logging(), learn.added_cbs(cbs): self.fine_tune(learn) if callable(self.fine_tune) else learn.fit(self.fine_tune)
         m.data = None
         now = _evaluate(learn)
-        costs = measure(self.model, self.inputs, ['parameters', 'nonzero', 'macs'])
-        return dict(step=len(self.state['log']) + 1, done=share, **costs | {g.name: b.best[f'{g.name} measured'] for g in b.goals}, **{k: v for k, v in b.best.items() if not k.endswith('measured')}, **{f'{k} pruned': v for k, v in pruned.items()}, **now, seconds=time.time() - start)
+        costs = {g.name: b.best[f'{g.name} measured'] for g in b.goals} | measure(self.model, self.inputs, [*dict.fromkeys([*(g.name for g in b.goals if g.counted), 'parameters', 'nonzero', 'macs'])]) # training changes what is zero
+        return dict(step=len(self.state['log']) + 1, done=share, **costs, **{k: v for k, v in b.best.items() if not k.endswith('measured')}, **{f'{k} pruned': v for k, v in pruned.items()}, **now, seconds=time.time() - start)
 
     def run(self):
         "All steps that are left"
         s = self.state
         while s['left']:
-            share, before = s['left'][0], _Snapshot(self.model, self.maker) if self.floors else None
+            share, before = s['left'][0], _Snapshot(self.model, self.maker, self.learn.opt) if self.floors else None
             row = self.step(share)
             broken = [o for o in self.floors if not o.met(row[o.name], self.dense['metrics'][o.name])]
             row['kept'] = not broken
             s['log'].append(row)
             if broken:
                 before.restore()
-                self.learn.opt = None # it remembers another model
+                self.learn.opt = before.opt
                 o = broken[0]
-                s['stopped'] = f"stopped {100*s['done']:.0f} % of the way: at {100*share:.0f} % {o.name} is {row[o.name]:.4g}, {o.text!r} asks for {o.target(self.dense['metrics'][o.name]):.4g}"
+                s['why'] = f"at {100*share:.0f} % {o.name} is {row[o.name]:.4g}, {o.text!r} asks for {o.target(self.dense['metrics'][o.name]):.4g}"
                 tries = sum(not r['kept'] for r in s['log'])
                 s['left'] = [(s['done'] + share)/2] if tries <= self.retries and share - s['done'] > .01 else []
             else:
                 s['done'], s['left'] = share, s['left'][1:]
+            if 'why' in s and not s['left']: s['stopped'] = f"stopped {100*s['done']:.0f} % of the way: {s['why']}"
             if self.folder: self.folder.save(self, len(s['log']))
         self.budget.at(1.)
         return self
@@ -272,7 +295,7 @@ def compress(
     fine_tune: 'int | Callable' = 1, # Epochs of `learn.fit` after each removal; or a function of the Learner that trains it
     remove: bool = True, # Remove units for good? Otherwise weights become zero
     granularity: 'str | Tile' = 'weight', # With masks: what becomes zero together
-    layer_type: 'type | tuple' = (nn.Conv2d, nn.Linear), # With masks: layers that become sparse
+    layer_type: 'type | tuple' = None, # With masks: layers that become sparse; by default convolutions and linear layers, those of them that have this granularity
     example_inputs: 'torch.Tensor | tuple | dict' = None, # What the model is traced and timed on; by default two examples of the training set
     n_batches: int = 8, # Training batches that criteria and allocators look at
     keep_best: 'bool | str' = True, # Keep the weights of the best epoch of each fit, by the first metric? Or by the metric of this name

@@ -98,14 +98,16 @@ class Predictor:
         if not first: return None
         power = {a: round(math.log2(macs({**now, a: 2*n})/first)) for a, n in now.items()}
         return first/math.prod(now[a]**e for a, e in power.items()), [a for a, e in power.items() for _ in range(e)]
+    def _all(self, counts): return {**self.n, **(counts or {})} # groups that nobody speaks of stay whole
     def _bytes(self, counts, persistent=False):
-        counts = counts or self.n
+        counts = self._all(counts)
         return sum(math.prod(a(counts) for a in axes)*size for axes, size, _, kept in self.tensors if kept or not persistent)
 
     def parameters(self, counts: dict = None # Group name to units that are left; as they are now by default
                    ) -> int:
         "How many parameters there are"
-        return sum(math.prod(a(counts or self.n) for a in axes) for axes, _, trained, _ in self.tensors if trained)
+        counts = self._all(counts)
+        return sum(math.prod(a(counts) for a in axes) for axes, _, trained, _ in self.tensors if trained)
 
     def memory(self, counts: dict = None # Group name to units that are left
                ) -> int: # Bytes
@@ -120,16 +122,17 @@ class Predictor:
     def macs(self, counts: dict = None # Group name to units that are left
              ) -> int: # For the whole batch
         "Multiply-accumulates of one run"
-        sizes = {a: a(counts or self.n) for a in self.growing}
+        counts = self._all(counts)
+        sizes = {a: a(counts) for a in self.growing}
         return sum(n*c*math.prod([sizes[a] for a in axes]) for (c, axes), n in self.counted)
 
     def activations(self, counts: dict = None # Group name to units that are left
                     ) -> int: # Bytes
         "The most that the tensors between the operators take at one moment"
         if not hasattr(self, '_lives'): self._lives = self._life()
-        change = np.zeros(len(self.graph.records[0].ops) + 1, np.int64)
+        counts, change = self._all(counts), np.zeros(len(self.graph.records[0].ops) + 1, np.int64)
         for axes, size, first, last in self._lives:
-            b = math.prod(a(counts or self.n) for a in axes)*size
+            b = math.prod(a(counts) for a in axes)*size
             change[first] += b
             change[last + 1] -= b
         return int(np.cumsum(change).max())
@@ -151,7 +154,7 @@ class Predictor:
                 ) -> float: # Seconds
         "The sum of the times of the operators, each measured by itself"
         if self.table is None: self.table = LatencyTable()
-        counts = counts or self.n
+        counts = self._all(counts)
         size = [fixed + sum([k*counts[g] for g, k in parts]) for fixed, parts in self.sizes]
         was, spent = self._last # this runs thousands of times, and from one to the next little changes
         changed = {j for i, (a, b) in enumerate(zip(size, was)) if a != b for j in self.users[i]}

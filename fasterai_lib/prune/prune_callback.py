@@ -62,22 +62,24 @@ class PruneCallback(Callback):
         ignored: tuple = (), # Layers that keep all units
         exact: bool = True, # Only removals that compute the same as zeros in the large model?
         min_kept: int = 1, # Units that each layer keeps
-        max_sparsity: float = 100., # Percent of units that a layer loses at most
+        max_sparsity: 'float | dict' = 100., # Percent of units that a layer loses at most: one number, or a dict by layer name or glob
         check: bool = True, # Prove on the example inputs, before anything goes and at each removal, that masked and removed agree?
         every: 'float | str' = None, # Gather what is due: `'1 epoch'`, `'50 steps'` or a fraction of the run between removals; by default as soon as a whole unit is due
         frozen: bool = False, # Also remove units of layers whose weights are frozen?
         copies: tuple = (), # Copies of the model to cut along with it; an exponential moving average in a callback is found
+        min_sparsity: 'float | dict' = 0., # Percent of units that a layer loses at least, likewise
     ):
         values = sparsity.values() if isinstance(sparsity, dict) else sparsity if isinstance(sparsity, (list, tuple)) else [sparsity]
         self.values = sorted({as_percent(v) for v in values})
         if 100 in self.values: raise ValueError("sparsity=100 leaves nothing of a layer; the most that can be removed is all units but min_kept")
         self.sparsity, self.schedule, self.context, self.criteria = sparsity, as_schedule(schedule), as_context(context), as_criteria(criteria)
         self.context.check_whole()
+        self.context.check_plain()
         if self.context.shared and isinstance(sparsity, (dict, list, tuple)): raise ValueError(f"a {type(sparsity).__name__} of sparsities needs context='local': in {self.context.name!r} all layers share one sparsity")
         if model is not None and not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module that is part of the Learner's, got {type(model).__name__}")
         self.globally = self.context.shared
         self.part, self.example_inputs, self.every, self.frozen, self.copies = model, example_inputs, None if every is None else _duration(every, 'every'), frozen, tuple(copies)
-        self.how = dict(round_to=round_to, ignored=ignored, exact=exact, min_kept=min_kept, max_sparsity=max_sparsity, check=check)
+        self.how = dict(round_to=round_to, ignored=ignored, exact=exact, min_kept=min_kept, max_sparsity=max_sparsity, min_sparsity=min_sparsity, check=check)
         self.loop, self.pruner, self.started, self.first, self.history, self.columns, self.targets, self.ready = None, None, False, None, [], False, {}, False
 
     def __getstate__(self): return {**self.__dict__, 'pruner': None, 'loop': None, 'groups': {}, 'targets': {}, 'ready': False} # the model remembers what was removed from it

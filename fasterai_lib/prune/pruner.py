@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from ..core import data_criteria # registers them
-from ..core.allocation import Context, allocate, as_context
+from ..core.allocation import Context, allocate, as_context, most_kept
 from ..core.collect import collect
 from ..core.criteria import Criteria, as_criteria, reducers
 from ..core.granularity import suggest
 from ..core.selection import Scored
-from ..sparse.sparsifier import _whole, as_percent
+from ..sparse.sparsifier import _whole, as_limits, as_percent, limit_of
 from .budget import Budget, is_objective
 from .graph import trace
 from .optimizer import _sliced
@@ -65,16 +65,19 @@ class Pruner:
         ignored: 'str | nn.Module | tuple' = (), # Layers, or names or globs of layers, whose outputs all stay
         exact: bool = True, # Only what can go without changing what the zeroed model computes?
         min_kept: int = 1, # Units that each group keeps
-        max_sparsity: float = 100., # Percent of its units that a group loses at most
+        max_sparsity: 'float | dict' = 100., # Percent of its units that a group loses at most: one number, or a dict by layer name or glob; the strictest of its layers counts
         check: bool = True, # Prove each removal by running the model?
         data=None, # For criteria that look at data: `DataLoaders`, a `DataLoader`, a list of batches, or one batch
         loss: Callable = None, # For those that need gradients: `f(out, *targets)`, the mean over the samples
+        min_sparsity: 'float | dict' = 0., # Percent of its units that a group loses at least, likewise
     ):
         self.criteria, self.context = as_criteria(criteria), as_context(context)
         self.context.check_whole()
         self.round_to, self.min_kept = _whole(round_to, 'round_to', 1), _whole(min_kept, 'min_kept', 1)
-        self.max_sparsity, self.check = as_percent(max_sparsity, 'max_sparsity'), check
-        self.model, self.graph = model, trace(model, example_inputs, exact, ignored)
+        self.check, self.model, self.graph = check, model, trace(model, example_inputs, exact, ignored)
+        self.min_sparsity, self.max_sparsity = as_limits(min_sparsity, max_sparsity, list(dict.fromkeys(l for g in self.groups for l in g.layers)))
+        for g in self.groups:
+            if (low := self.limits(g)[0]) > (high := self.limits(g)[1]): raise ValueError(f"the layers {', '.join(g.layers[:6])} lose the same units, but min_sparsity={low:g} of one is above max_sparsity={high:g} of another")
         self.prover, self.refs, self.budget = Prover(self.graph, example_inputs), {}, None
         self.data, self.loss = example_inputs if data is None and self.criteria.needs == 'signal' else data, loss
         if self.criteria.needs_init or self.criteria.needs_update: self.remember()
@@ -129,8 +132,20 @@ class Pruner:
         return s
 
     def targets(self, sparsity): # group name to percent of the units that it had at first
+        self.context.check_plain()
         names = {g.name: g for g in self.groups if len(g.roots) > 1}
         if not names: raise ValueError(self.refusal())
+        asked = self._targets(sparsity, names)
+        if not any(self.limits(names[n])[0] for n in asked): return asked
+        gone = {n: (len(g.roots) - self.most(g) and len(g.roots)*self.limits(g)[0]/100)*g.size for n, g in names.items() if n in asked}
+        total = sum(len(names[n].roots)*names[n].size for n in asked)
+        if self.context.shared and sum(gone.values()) > (next(iter(asked.values()))/100 + 1e-6)*total:
+            raise ValueError(f"{next(iter(asked.values())):g} % are fewer than min_sparsity asks for: {100*sum(gone.values())/total:.2f} % of the weights, in {sum(k > 0 for k in gone.values())} groups of units")
+        for n, s in asked.items():
+            if s < (low := self.limits(names[n])[0]) and not self.context.shared: raise ValueError(f"{names[n].layer}: sparsity {s:g} is below min_sparsity={low:g}")
+        return asked
+
+    def _targets(self, sparsity, names):
         if not isinstance(sparsity, (dict, list, tuple)): return dict.fromkeys(names, as_percent(sparsity))
         if self.context.shared: raise ValueError(f"a {type(sparsity).__name__} of sparsities needs context='local': in {self.context.name!r} all layers share one sparsity")
         if isinstance(sparsity, dict) and not sparsity: raise ValueError(f"sparsity: the dict names no layer; the groups are {', '.join(names)}")
@@ -149,7 +164,7 @@ class Pruner:
         targets, alive = self.targets(sparsity), self.graph.alive.copy()
         groups = {g.name: g for g in self.groups if g.name in targets}
         if any(s == 100 for s in targets.values()): raise ValueError("100 % leaves nothing of a layer; to remove a whole one use remove_layer or remove_blocks")
-        if self.context.allocator: return self._share_out(groups, next(iter(targets.values())), alive)
+        if self.context.allocator or self.context.shared and any(self.limits(g)[0] for g in groups.values()): return self._share_out(groups, next(iter(targets.values())), alive)
         items = {n: [_Scores(g, self.criteria, self.scores(g))] for n, g in groups.items()}
         gone = {n: len(g.roots) - g.n for n, g in groups.items()}
         if self.context.shared:
@@ -162,13 +177,19 @@ class Pruner:
 
     def step(self, group): # units that are a multiple of round_to together
         return math.lcm(group.multiple, self.round_to//math.gcd(self.round_to, group.slices) if self.round_to else 1)
+    def limits(self, group): # percent of its units that it loses at least and at most
+        return max(limit_of(self.min_sparsity, l, 0.) for l in group.layers), min(limit_of(self.max_sparsity, l, 100.) for l in group.layers)
     def least(self, group): # units that max_sparsity leaves
-        return math.ceil(len(group.roots)*(1 - self.max_sparsity/100) - 1e-9)
+        return math.ceil(len(group.roots)*(1 - self.limits(group)[1]/100) - 1e-9)
+    def most(self, group): # units that min_sparsity leaves
+        n, step = len(group.roots), self.step(group)
+        least = -(-max(self.min_kept, self.least(group))//step)*step if n >= step else n
+        return most_kept(group.layer, n, min(least, n), self.limits(group)[0], step)
 
     def _share_out(self, groups, sparsity, alive): # by an allocator, of the units that there were at first
         if sum(g.numel for g in groups.values()) <= sum(len(g.roots)*g.size for g in groups.values())*(1 - sparsity/100): return alive # gone already
         items = {n: [_FirstScores(g, self.criteria, self.scores(g))] for n, g in groups.items()}
-        keeps = allocate(items, dict.fromkeys(groups, sparsity), self.context, {n: self.step(g) for n, g in groups.items()}, self.min_kept, self.max_sparsity)
+        keeps = allocate(items, dict.fromkeys(groups, sparsity), self.context, {n: self.step(g) for n, g in groups.items()}, self.min_kept, {n: self.limits(g)[1] for n, g in groups.items()}, {n: self.limits(g)[0] for n, g in groups.items()})
         for n, (keep,) in keeps.items(): alive[groups[n].roots[~keep.cpu().numpy()]] = False
         return alive
 

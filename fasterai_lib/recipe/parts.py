@@ -9,6 +9,7 @@ __all__ = ['shares', 'Part', 'between', 'merged']
 import glob
 import re
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import nn
 
@@ -54,6 +55,8 @@ class Part:
         return self.settings.get('sparsity', as_context(self.context).limit)
     @property
     def round_to(self): return self._whole('round_to')
+    @property
+    def limits(self): return dict(min_sparsity=self.settings.get('min_sparsity', 0.), max_sparsity=self.settings.get('max_sparsity', 100.)) # what a layer loses at least and at most
     def _whole(self, key): return int(self.settings[key]) if key in self.settings else None
 
     def arguments(self, model: nn.Module # The model that the names are of
@@ -63,7 +66,7 @@ class Part:
         types = tuple(dict.fromkeys(type(modules[n]) for n in self.names))
         others = tuple(glob.escape(n) for n, m in modules.items() if isinstance(m, types) and Granularities.kind(m) and n not in self.names)
         return dict(granularity=_tile(self.settings.get('granularity', 'weight')), context=self.context, criteria=self.criteria, layer_type=types, exclude=others,
-                    frozen=self.settings.get('frozen', False), min_kept=self._whole('min_kept'), max_sparsity=self.settings.get('max_sparsity', 100.))
+                    frozen=self.settings.get('frozen', False), min_kept=self._whole('min_kept'), **self.limits)
 
 # %% ../../nbs/recipe/parts.ipynb #3972cc97
 def _as_list(x): return x if isinstance(x, list) else [] if x is None else [x]
@@ -104,14 +107,17 @@ def between(
         limit = as_context(s.get('context', 'local')).limit
         if 'sparsity' not in s and limit == 100 and 'objective' not in data: yield path, "no sparsity, neither here nor in default"
         if limit < 100 and abs(s.get('sparsity', limit) - limit) > 1e-6: yield at(path, 'sparsity'), f"context {s['context']!r} means a sparsity of {limit:g} %, got {s['sparsity']:g}"
-        if s.get('sparsity', 0) > s.get('max_sparsity', 100): yield at(path, 'sparsity'), f"got {s['sparsity']:g}, above max_sparsity={s['max_sparsity']:g}"
+        low, high = [x if isinstance(x := s.get(k, default), Real) else default for k, default in (('min_sparsity', 0), ('max_sparsity', 100))] # those by layer meet the model first
+        if s.get('sparsity', 0) > high: yield at(path, 'sparsity'), f"got {s['sparsity']:g}, above max_sparsity={high:g}"
+        if s.get('sparsity', 100) < low: yield at(path, 'sparsity'), f"got {s['sparsity']:g}, below min_sparsity={low:g}"
+        if low > high: yield at(path, 'min_sparsity'), f"got {low:g}, above max_sparsity={high:g}"
         if remove and limit < 100: yield at(path, 'context'), f"got {s['context']!r}, which zeroes weights inside units; with remove, whole units go"
     if not rows and 'sparsity' not in data.get('default', {}) and 'objective' not in data: yield (), "nothing to do: no layers, no sparsity in default, no objective"
     for k in ('steps', 'fine_tune'):
         if k in data and 'objective' not in data: yield (k,), f"{k} is for compress, which needs an objective"
     if not remove: return
     where = f"in {wanted[0][1].get('context')} " if wanted else ''
-    for k in ('granularity', 'criteria', 'context', 'schedule', 'min_kept', 'max_sparsity', 'round_to', 'frozen', *(['sparsity'] if any(shares(s.get('context', 'local')) for _, s in wanted) else [])):
+    for k in ('granularity', 'criteria', 'context', 'schedule', 'min_kept', 'min_sparsity', 'max_sparsity', 'round_to', 'frozen', *(['sparsity'] if any(shares(s.get('context', 'local')) for _, s in wanted) else [])):
         first = wanted[0][1].get(k) if wanted else None
         for path, s in wanted[1:]:
             if s.get(k) != first: yield at(path, k), f"got {s.get(k)!r}, but {show_path(wanted[0][0])} has {first!r}: with remove, {where if k == 'sparsity' else ''}all selections share one {k}"

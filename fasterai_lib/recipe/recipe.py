@@ -185,7 +185,7 @@ class Recipe:
         asked, p = {n: p.sparsity for p in parts for n in p.names if p.sparsity > 0}, parts[0]
         still = set() if p.settings.get('frozen') else {n for n in asked if not all(w.requires_grad for w in model.get_submodule(n).parameters())}
         ignored = tuple(glob.escape(n) for n in self._layers(model)[0] if n not in asked or n in still)
-        return dict(criteria=p.criteria, context=p.context, round_to=p.round_to, min_kept=p._whole('min_kept') or 1, max_sparsity=p.settings.get('max_sparsity', 100.), ignored=ignored), asked
+        return dict(criteria=p.criteria, context=p.context, round_to=p.round_to, min_kept=p._whole('min_kept') or 1, **p.limits, ignored=ignored), asked
 
     def removable(self,
         pruner: Pruner, # Of the model

@@ -65,7 +65,7 @@ class _RecipePruning(PruneCallback): # finds its layers when the fit begins
         self.recipe, first = recipe, recipe.selections[0]
         values = sorted({p.sparsity for p in recipe.selections if p.sparsity > 0})
         super().__init__(values[0] if shares(first.context) else values, first.context, first.criteria, first.schedule,
-                         round_to=first.round_to, min_kept=first._whole('min_kept') or 1, max_sparsity=first.settings.get('max_sparsity', 100.), frozen=first.settings.get('frozen', False), **kwargs)
+                         round_to=first.round_to, min_kept=first._whole('min_kept') or 1, **first.limits, frozen=first.settings.get('frozen', False), **kwargs)
 
     def before_fit(self):
         self._need_learner()

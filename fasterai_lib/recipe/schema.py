@@ -70,6 +70,7 @@ def context_names() -> list:
 
 def _settings(): # what can be said of a selection, and of all in `default`
     ratio = {'type': 'string', 'pattern': r'^([0-9]+:[0-9]+|balanced\s+[0-9]+)(\s+[A-Za-z_][A-Za-z0-9_]*)?$', 'examples': ['2:4']}
+    by_layer = {'type': 'object', 'minProperties': 1, 'additionalProperties': _percent}
     return {
         'sparsity': {**_percent, 'description': 'Percent of weights that go; with `remove`, of units'},
         'granularity': {**_granularity(), 'description': 'What goes together: a name, {tile: {axis: size}}, or one of them by type of layer', 'default': 'weight'},
@@ -77,7 +78,8 @@ def _settings(): # what can be said of a selection, and of all in `default`
         'context': _any({'type': 'string', 'enum': context_names()}, ratio, description="Which units compete: those of a layer, of all layers of the selection, of a row, n kept of m, or what an allocator shares out", default='local'),
         'schedule': {**_schedule(), 'description': 'When, while training', 'default': 'agp'},
         'min_kept': {**_count(0), 'description': 'Units that each layer keeps'},
-        'max_sparsity': {**_percent, 'description': 'Percent of its units that a layer loses at most', 'default': 100},
+        'min_sparsity': _any(_percent, by_layer, description='Percent of its units that a layer loses at least: one number, or one per name or glob of layers', default=0),
+        'max_sparsity': _any(_percent, by_layer, description='Percent of its units that a layer loses at most, likewise', default=100),
         'round_to': {**_count(1), 'description': 'What remains of each layer is a multiple of this'},
         'frozen': {'type': 'boolean', 'description': 'Also layers whose weights do not require a gradient?', 'default': False}}
 

@@ -32,7 +32,7 @@ def refine(
     layer_type: 'type | tuple' = nn.Conv2d, # Layers to sparsify
     epochs: int = 2, # Passes over the data
     rate: float = .003, # How far scores move in a batch, on average, relative to the score at the threshold
-    **kwargs # `exclude`, `frozen`, `min_kept`, `max_sparsity` and `units` of `Sparsifier`
+    **kwargs # `exclude`, `frozen`, `min_kept`, `min_sparsity`, `max_sparsity` and `units` of `Sparsifier`
 ) -> Masks: # For `masks.apply(model)`, `reconstruct`, or `SparsifyCallback(masks=...)`
     "Masks chosen by how the loss of the pruned network would change with each weight"
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1: raise ValueError(f"epochs must be a whole number of at least 1, got {epochs!r}")

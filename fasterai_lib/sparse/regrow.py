@@ -69,10 +69,10 @@ class RegrowCallback(SparsifyCallback):
         end: 'float | str' = .75, # No exchange from here on, likewise
         decay: 'str | Schedule' = 'cos', # How the fraction falls to zero until then: a `Schedule`, its name, any fastai annealer, or None when it does not
         first: 'str | Criteria' = None, # Of the first masks; by default `drop`
-        **kwargs # `layer_type`, `model`, `masks`, `round_to`, `exclude`, `frozen`, `min_kept` and `max_sparsity` of `SparsifyCallback`
+        **kwargs # `layer_type`, `model`, `masks`, `round_to`, `exclude`, `frozen`, `min_kept`, `min_sparsity` and `max_sparsity` of `SparsifyCallback`
     ):
         drop, grow = as_criteria(drop), as_criteria(grow)
-        known = ('layer_type', 'model', 'masks', 'round_to', 'exclude', 'frozen', 'min_kept', 'max_sparsity')
+        known = ('layer_type', 'model', 'masks', 'round_to', 'exclude', 'frozen', 'min_kept', 'min_sparsity', 'max_sparsity')
         if unknown := [k for k in kwargs if k not in known]: raise TypeError(f"RegrowCallback has no argument {unknown[0]!r}; besides those in its signature: {', '.join(known)}")
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1: raise ValueError(f"fraction={fraction!r} must be above 0 and at most 1")
         for what, c in (('drop', drop), ('grow', grow)):

@@ -103,12 +103,12 @@ class SparsifyCallback(MaskCallback):
         round_to: int = None, # What remains per layer is a multiple of this
         layer_type: 'type | tuple' = nn.Conv2d, # Layers to sparsify
         masks: 'Masks | str' = None, # Masks to begin with, or a file of them: what a checkpoint had
-        **kwargs # `exclude`, `frozen`, `min_kept`, `max_sparsity` and `units` of `Sparsifier`
+        **kwargs # `exclude`, `frozen`, `min_kept`, `min_sparsity`, `max_sparsity` and `units` of `Sparsifier`
     ):
         if save_tickets and not lth: raise ValueError("save_tickets=True needs lth=True: tickets are what is left after rewinding")
         if isinstance(rewind_epoch, bool) or not isinstance(rewind_epoch, int) or rewind_epoch < 0: raise ValueError(f"rewind_epoch must be a whole number >= 0, got {rewind_epoch!r}")
-        unknown = set(kwargs) - {'exclude', 'frozen', 'min_kept', 'max_sparsity', 'units'}
-        if unknown: raise TypeError(f"SparsifyCallback has no argument {sorted(unknown)[0]!r}; besides those in its signature: exclude, frozen, min_kept, max_sparsity, units")
+        unknown = set(kwargs) - {'exclude', 'frozen', 'min_kept', 'min_sparsity', 'max_sparsity', 'units'}
+        if unknown: raise TypeError(f"SparsifyCallback has no argument {sorted(unknown)[0]!r}; besides those in its signature: exclude, frozen, min_kept, min_sparsity, max_sparsity, units")
         if model is not None and not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module that is part of the Learner's, got {type(model).__name__}")
         super().__init__(masks if masks is None or isinstance(masks, Masks) else Masks.load(masks))
         self.sparsity, self.schedule, self.round_to, self.part = sparsity, as_schedule(schedule), round_to, model

@@ -26,9 +26,9 @@ class StraightThroughCallback(SparsifyCallback, TidyCallback):
         criteria: 'str | Criteria', # Which are masked; one that looks at data makes a pass over the batch at each choice
         schedule: 'str | Schedule', # How the sparsity grows: a `Schedule`, its name, or any fastai annealer
         every: int = 1, # Batches from one choice of masks to the next; the sparsity follows its schedule at this pace
-        **kwargs # `layer_type`, `model`, `round_to`, `masks`, `exclude`, `frozen`, `min_kept` and `max_sparsity` of `SparsifyCallback`
+        **kwargs # `layer_type`, `model`, `round_to`, `masks`, `exclude`, `frozen`, `min_kept`, `min_sparsity` and `max_sparsity` of `SparsifyCallback`
     ):
-        known = ('layer_type', 'model', 'round_to', 'masks', 'exclude', 'frozen', 'min_kept', 'max_sparsity')
+        known = ('layer_type', 'model', 'round_to', 'masks', 'exclude', 'frozen', 'min_kept', 'min_sparsity', 'max_sparsity')
         if unknown := [k for k in kwargs if k not in known]: raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}; besides those in its signature: {', '.join(known)}")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1: raise ValueError(f"every={every!r} must be a whole number of batches, at least 1")
         super().__init__(sparsity, granularity, context, criteria, schedule, **kwargs)
