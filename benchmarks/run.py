@@ -6,7 +6,7 @@ from common import SHORT, machine, note
 
 HERE = Path(__file__).resolve().parent
 DEFAULT = ['oneshot', 'memory', 'fit', 'accuracy']
-PROGRAMS = {**{name: [] for name in DEFAULT}, 'prune_accuracy': [], 'latency': [], 'coverage': ['--quick']}  # with their arguments; the last three take up to hours
+PROGRAMS = {**{name: [] for name in DEFAULT}, 'prune_accuracy': [], 'latency': [], 'budget': [], 'coverage': ['--quick']}  # with their arguments; the last four take up to hours
 
 
 def sections(text):

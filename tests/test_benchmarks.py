@@ -51,6 +51,23 @@ assert rows(['a'], lambda: [1]) == criteria.Rows(rows.path)(['a'], lambda: [2]) 
 sys.argv[1:] = ['nowhere', '--parts', 'oneshot']
 criteria.main()
 ''',
+    'budget': '''
+import contextlib, io, torch
+dense, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 4)).eval(), torch.randn(1, 3, 8, 8)
+model, said = budget.reached(dense, x, '0.5x macs', 'knapsack', 'squared_final / max')
+ratio = budget.macs_of(model, x)/budget.macs_of(dense, x)
+assert .45 < ratio == said['predicted'] <= .5 and said['kept'] > 50, (ratio, said)
+assert budget.timed(model, dense, x, 5)['latency'] > 0
+(best, some) = budget.enumerated(['add up'], ['knapsack', 'uniform'], 8)
+assert best[2] == '1.0000' and best[-1].startswith('yes') and float(some[3]) < 1, (best, some)
+path = Path(tempfile.mkdtemp())/'rows.jsonl'
+rows = budget.Rows(path, 'costs: *')
+assert rows(('costs', 'a'), lambda: dict(b=1))['b'] == budget.Rows(path, '*')(('costs', 'a'), lambda: 1/0)['b'] and 'error' in rows(('costs', 'c'), lambda: 1/0)
+assert rows(('peers', 'a'), lambda: dict(b=1)) is None
+sys.argv[1:] = ['nowhere', '--models', 'resnet56', '--problems', '2']
+with contextlib.redirect_stdout(out := io.StringIO()): budget.main()
+assert 'Left out' in out.getvalue() and '| stairs | knapsack |' in out.getvalue(), out.getvalue()
+''',
 }
 COMMON = '''
 import sys, tempfile; sys.path.insert(0, sys.argv[1])

@@ -204,6 +204,9 @@ def _device_name(device):
     except OSError: found = None
     return found[1] if found else platform.processor() or platform.machine()
 
+def _clear(times): # would the lower quartile fall if there were more of them?
+    return (q := statistics.quantiles(times, n=4)[0]) - min(times) <= .03*q
+
 class LatencyTable:
     "Seconds of single operators on this machine, measured once and kept in a file"
     def __init__(self,
@@ -216,7 +219,7 @@ class LatencyTable:
         self.device, self.budget, self.cold, self.threads, self.entries = torch.device(device), budget, cold, torch.get_num_threads(), {}
         name = re.sub(r'[^\w.+]+', '-', f"{_device_name(self.device)} torch {torch.__version__} fasterai_lib {__version__} {self.threads} threads").strip('-')
         self.path = Path(path) if path is not None else Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'fasterai_lib'/'latency'/f'{name}.json'
-        self.entries = self._read()
+        self._left, self.entries = self._state(), self._read()
 
     def _read(self):
         try: found = json.loads(self.path.read_text(encoding='utf-8'))
@@ -225,11 +228,17 @@ class LatencyTable:
         if not isinstance(found, dict) or not all(isinstance(v, float) and 0 < v < math.inf for v in found.values()): raise ValueError(f"{self.path} is not a table of latencies, which maps operators to seconds; delete it, or pass another path=")
         return found
 
+    def _state(self): # of the file: which one it is
+        try: s = self.path.stat()
+        except FileNotFoundError: return None
+        return s.st_ino, s.st_mtime_ns, s.st_size
+
     def _write(self): # whole or not at all; what another process has added stays
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.entries = (self._read() if self.path.exists() else {}) | self.entries
-        with tempfile.NamedTemporaryFile('w', dir=self.path.parent, prefix=self.path.name, suffix='.tmp', delete=False, encoding='utf-8') as f: json.dump(self.entries, f, indent=0)
+        if (now := self._state()) and now != self._left: self.entries = self._read() | self.entries # only what others wrote is new
+        with tempfile.NamedTemporaryFile('w', dir=self.path.parent, prefix=self.path.name, suffix='.tmp', delete=False, encoding='utf-8') as f: f.write(json.dumps(self.entries, separators=(',\n', ': '))) # a line each
         os.replace(f.name, self.path)
+        self._left = self._state()
 
     def seconds(self,
         func, # ATen operator, such as `torch.ops.aten.convolution.default`
@@ -253,14 +262,16 @@ class LatencyTable:
         made = lambda x: tree_map(lambda t: t.make(self.device, g) if isinstance(t, Spec) else t, x)
         size = sum(math.prod(s.shape)*getattr(torch, s.dtype).itemsize for s in tree_leaves((args[1:], kwargs)) if isinstance(s, Spec))
         first, times, changes = made(args[:1]), [], func._schema.is_mutable
-        turns = [(made(args[1:]), made(kwargs)) for _ in range(min(16, max(1, self.cold//max(size, 1))) if size else 1)]
-        fresh = made(args[:1]) if changes else None
+        again = lambda x: tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, x) # strides stay
+        turns = [(made(args[1:]), made(kwargs))]
+        turns += [again(turns[0]) for _ in range(min(16, max(1, self.cold//max(size, 1))) - 1 if size else 0)]
+        fresh = again(first) if changes else None
         with torch.no_grad(), _no_collection():
             try:
                 for rest, named in (turns*2)[:max(3, len(turns))]: func(*first, *rest, **named)
             except Exception as e: raise ValueError(f"{key} does not run: {type(e).__name__}: {e}") from e
             end = _clock(self.device) + self.budget
-            while len(times) < 7 or time.perf_counter() < end:
+            while len(times) < 7 or time.perf_counter() < end and not (len(times) % 8 == 0 and _clear(times)):
                 rest, named = turns[len(times) % len(turns)]
                 if changes: tree_map(lambda a, b: a.copy_(b) if isinstance(a, torch.Tensor) else a, first, fresh)
                 start = _clock(self.device); func(*first, *rest, **named); times.append(_clock(self.device) - start)

@@ -9,7 +9,7 @@ __all__ = ['Axis', 'Predictor']
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,6 +34,15 @@ class _Cell: # a tensor among the arguments of an operator
     dtype: str
     def spec(self, size): return Spec(tuple(map(size, self.axes)), self.dtype)
 
+@dataclass
+class _Timed: # an operator whose time counts
+    key: tuple
+    n: int # How often it runs
+    axes: list # Of its tensors, those that may shrink
+    at: list # Their places in `Predictor.sizes`
+    seconds: dict = field(default_factory=dict) # Sizes to seconds, those that were asked for
+    measured: dict = field(default_factory=dict) # Those of them that were measured
+
 def _fit(func, flat, cells): # arguments that state sizes, as they are when the tensors have these
     name, (args, kwargs, outs) = func._schema.name.split('::')[1], flat
     if name == 'convolution': args = (*args[:8], (outs[0] if args[6] else args[0]).shape[1]//args[1].shape[1])
@@ -48,7 +57,7 @@ class Predictor:
         table: LatencyTable = None, # Where the times of operators are kept; the one of this machine by default
         points: int = 8, # Sizes of an axis that are timed; in between the time is interpolated
     ):
-        self.graph, self.table, self.points, self.times = graph, table, points, {}
+        self.graph, self.table, self.points = graph, table, points
         groups, rec = graph.groups, graph.records[0]
         self.n = {g.name: g.n for g in groups} # as they are now
         self.of = np.full(graph.flow.atoms.n, -1) # label to the number of its group
@@ -64,7 +73,11 @@ class Predictor:
         self.axes = {k: list(dict.fromkeys(a for c in k[2] if isinstance(c, _Cell) for a in c.axes if a.parts)) for k in self.ops} # those that may shrink
         self.counted = [(f, n) for k, n in self.ops.items() if (f := self._product(k))]
         self.growing = {a for (_, axes), _ in self.counted for a in axes}
-        self.timed = {k: n for k, n in self.ops.items() if not _is_view(k[0])}
+        place = {a: i + 1 for i, a in enumerate(dict.fromkeys(a for axes in self.axes.values() for a in axes))}
+        self.sizes = [(0, ()), *((a.fixed, a.parts) for a in place)] # the first changes once, for operators without such an axis
+        self.timed = [_Timed(k, n, self.axes[k], [place[a] for a in self.axes[k]]) for k, n in self.ops.items() if not _is_view(k[0])]
+        self.users = [[j for j, t in enumerate(self.timed) if i in (t.at or [0])] for i in range(len(self.sizes))]
+        self._last = [None]*len(self.sizes), [0.]*len(self.timed) # sizes, and the seconds of each operator
 
     def _axes(self, labels, shape): return tuple(self._axis(a, s) for a, s in zip(labels or [None]*len(shape), shape))
     def _axis(self, labels, size): # what it is made of
@@ -142,25 +155,32 @@ class Predictor:
         "The sum of the times of the operators, each measured by itself"
         if self.table is None: self.table = LatencyTable()
         counts = self._all(counts)
-        return sum(n*self._seconds(k, counts) for k, n in self.timed.items())
+        size = [fixed + sum([k*counts[g] for g, k in parts]) for fixed, parts in self.sizes]
+        was, spent = self._last # this runs thousands of times, and from one to the next little changes
+        changed = {j for i, (a, b) in enumerate(zip(size, was)) if a != b for j in self.users[i]}
+        for j, s in [(j, self._seconds(t, tuple([size[i] for i in t.at]))) for j in changed for t in [self.timed[j]]]: spent[j] = self.timed[j].n*s
+        self._last = size, spent
+        return sum(spent)
 
-    def _seconds(self, key, counts): # interpolated between the sizes that are measured
-        axes, around = self.axes[key], []
-        for a in axes:
-            v, most = a(counts), a(self.n)
-            step = max(1, -(-most//self.points))
-            low = min(max(v//step*step, step), most) # not less than one step: an operator on nothing takes no time that could be measured
-            high = min(low + step, most)
-            part = (v - low)/(high - low) if high > low else 0.
-            around.append([(low, 1 - part), (high, part)] if part > 0 else [(low, 1.)])
-        return sum(math.prod(w for _, w in corner)*self._measured(key, axes, tuple(v for v, _ in corner)) for corner in itertools.product(*around))
+    def _seconds(self, t, sizes): # interpolated between the sizes that are measured
+        if sizes not in t.seconds:
+            around = []
+            for a, v in zip(t.axes, sizes):
+                most = a(self.n)
+                step = max(1, -(-most//self.points))
+                low = min(max(v//step*step, step), most) # not less than one step: an operator on nothing takes no time that could be measured
+                high = min(low + step, most)
+                part = (v - low)/(high - low) if high > low else 0.
+                around.append([(low, 1 - part), (high, part)] if part > 0 else [(low, 1.)])
+            t.seconds[sizes] = sum(math.prod(w for _, w in corner)*self._measured(t, tuple(v for v, _ in corner)) for corner in itertools.product(*around))
+        return t.seconds[sizes]
 
-    def _measured(self, key, axes, sizes):
-        if (key, sizes) not in self.times:
-            at = dict(zip(axes, sizes))
-            args, kwargs = _fit(key[0], self._at(key, lambda a: at[a] if a in at else a.fixed), None)
-            self.times[key, sizes] = self.table.seconds(key[0], args, kwargs)
-        return self.times[key, sizes]
+    def _measured(self, t, sizes):
+        if sizes not in t.measured:
+            at = dict(zip(t.axes, sizes))
+            args, kwargs = _fit(t.key[0], self._at(t.key, lambda a: at[a] if a in at else a.fixed), None)
+            t.measured[sizes] = self.table.seconds(t.key[0], args, kwargs)
+        return t.measured[sizes]
 
 def _is_view(func): # does it give back memory that it was given?
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns) or func._schema.name in ('aten::_unsafe_view', 'aten::_reshape_alias')
