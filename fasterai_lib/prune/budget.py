@@ -7,7 +7,6 @@ __all__ = ['is_objective', 'measure', 'Budget', 'MaskBudget']
 
 # %% ../../nbs/prune/budget.ipynb #d7a26166
 import copy
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,6 +111,8 @@ class Budget:
         self.predictor = Predictor(p.graph, self.table)
         return [{k: f(g) for k, g in self.groups.items()} for f in (p.scores, lambda g: g.size, lambda g: p.graph.shape(g.weights[0][0]), lambda g: min(max(p.min_kept, p.least(g)), g.n) if g.n >= p.step(g) else g.n, lambda g: g.n, p.step)]
 
+    def _most(self, k): return self.pruner.most(self.groups[k]) # that min_sparsity leaves
+
     def now(self): return self.pruner.graph.alive
     def chosen(self, counts) -> np.ndarray: # one boolean per label: in each group the highest scores stay
         alive = self.pruner.graph.alive.copy()
@@ -156,7 +157,8 @@ class Budget:
         p, self.points, self.line, now = self.pruner, {}, {}, self.measure(self.now())
         while True:
             scores, size, shapes, least, most, step = self._groups()
-            self.problem = Problem(scores, self.cost, size, shapes, least, most, step, self.loss if p.data is not None else None)
+            limit = {k: max(min(n, self._most(k)), least[k]) for k, n in most.items()} # min_sparsity goes with the first removal
+            self.problem = Problem(scores, self.cost, size, shapes, least, limit, step, self.loss if p.data is not None else None)
             if p.context.name in allocators: check_needs(p.context.name, self.problem)
             self.learn(most, now)
             low = self.problem.at(self.problem.low)
@@ -167,7 +169,7 @@ class Budget:
         for g, v, final in zip(self.goals, got, self.final):
             if v > final*(1 + (1e-9 if g.counted else g.tolerance)):
                 raise ValueError(f"objective {g.objective.text!r} asks for {g.show(final)} of {g.show(g.dense)}; the nearest that is possible, with everything removed that can be removed, is {g.show(v)}: "
-                                 f"{sum(low.values()):,} of {sum(most.values()):,} units in {len(most)} groups stay (min_kept={p.min_kept}, max_sparsity={p.max_sparsity:g})")
+                                 f"{sum(low.values()):,} of {sum(most.values()):,} units in {len(most)} groups stay (min_kept={p.min_kept}, max_sparsity={p.max_sparsity if isinstance(p.max_sparsity, dict) else format(p.max_sparsity, 'g')})")
         return now
 
     def _over(self, low): return any(self.predict(g.name, low) > final*(1 + 1e-9) for g, final in zip(self.goals, self.final))
@@ -181,7 +183,7 @@ class Budget:
         p, best, tried, self.tried = self.pruner, None, [], []
         now, choose = self.look(), self.allocator
         self.best = {g.name + end: x for g, v in zip(self.goals, now) for end, x in ((' asked', g.target), (' predicted', v), (' measured', v))}
-        if all(v <= g.target for g, v in zip(self.goals, now)): return self.now()
+        if all(v <= g.target for g, v in zip(self.goals, now)) and all(self.problem.most[k] >= n for k, n in self.problem.n.items()): return self.now()
         while len(tried) < self.tries:
             low = self.problem.at(self.problem.low)
             counts = self.filled(dict(choose(self.problem, 1.))) if self.problem.fits(low, 1.) else low
@@ -247,9 +249,10 @@ class MaskBudget(Budget):
         alive = lambda u: p.masks.masks[u.shares[0].name].keep.flatten() if u.shares[0].name in p.masks else None
         self.items = {k: Scored(u, p.criteria, p.refs, alive(u)) for k, u in self.units.items()}
         scores = {k: it.all() if it.alive is None else torch.where(it.alive.to(it.device), it.all(), it.all().min() - 1) for k, it in self.items.items()} # what is zero stays zero
-        least = {k: max(min(p.min_kept if p.min_kept is not None else 1, u.n), math.ceil(u.n*(1 - p.max_sparsity/100) - 1e-9)) for k, u in self.units.items()}
+        least = {k: p.bounds(u.layer, u.n)[0] for k, u in self.units.items()}
         return scores, {k: u.numel/u.n for k, u in self.units.items()}, {k: tuple(u.shares[0].param.shape) for k, u in self.units.items()}, least, {k: int(it.alive.sum()) if it.alive is not None else it.n for k, it in self.items.items()}, dict.fromkeys(self.units, 1)
 
+    def _most(self, k): return self.pruner.bounds(self.units[k].layer, self.units[k].n)[1]
     def _before(self, now): return now if not self.pruner.masks.masks else dict(nonzero=now['parameters'], effective_macs=now['macs'], disk_sparse=now['disk'])
     def now(self): return self.pruner.masks
     def chosen(self, counts) -> Masks:
