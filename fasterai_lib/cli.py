@@ -134,7 +134,8 @@ def _compress(args):
     recipe = Recipe.read(_seen(args.recipe))
     out = _out(args.output, ('.safetensors',) if recipe.remove else ('.pt', '.pth', '.safetensors'))
     if out.exists() and out.samefile(_seen(args.file)): raise ValueError(f"-o {out}: is the file that is read; choose another")
-    if recipe.remove and not args.input: raise ValueError(f"{args.recipe} removes units, for which the model must be run: say what it takes, as in --input 1,3,224,224")
+    if (recipe.remove or recipe.objective) and not args.input:
+        raise ValueError(f"{args.recipe} {'removes units' if recipe.remove else 'has an objective'}, for which the model must be run: say what it takes, as in --input 1,3,224,224")
     model, weights = _load(args)
     if model is None: raise ValueError(f"{args.file} holds weights alone: say what builds the model, as in --model torchvision.models:resnet18")
     import torch
@@ -142,7 +143,7 @@ def _compress(args):
     from fasterai_lib.prune.plan import save_pruned
     with torch.random.fork_rng(devices=[]): # for criteria that draw
         torch.random.default_generator.manual_seed(args.seed)
-        done = recipe.apply(model, _inputs(args.input) if recipe.remove else None)
+        done, budget = recipe.reach(model, _inputs(args.input)) if recipe.objective else (recipe.apply(model, _inputs(args.input) if recipe.remove else None), None)
     part = out.with_name(out.name + '.tmp') # whole or not at all
     try:
         if recipe.remove: save_pruned(model, part)
@@ -150,7 +151,13 @@ def _compress(args):
         else: torch.save(model.state_dict(), part)
         os.replace(part, out)
     finally: part.unlink(missing_ok=True)
-    _say(done.table().to_string(index=False) if recipe.remove else done.report().to_string(index=False), f"{out}: {done}")
+    _say(done.table().to_string(index=False) if recipe.remove else done.report().to_string(index=False), *([] if budget is None else ['', _reached(budget)]), f"{out}: {done}")
+
+def _reached(budget): # at once, without training
+    import pandas as pd
+    now = budget.best
+    rows = [(g.objective.text, g.show(g.dense), g.show(g.target), g.show(now[f'{g.name} predicted']), g.show(now[f'{g.name} measured'])) for g in budget.goals]
+    return pd.DataFrame(rows, columns=['objective', 'before', 'asked', 'predicted', 'measured']).to_string(index=False) + '\nnot trained: what this costs in accuracy, an evaluation tells; Recipe.compress(learn) trains between steps'
 
 # %% ../nbs/cli.ipynb #f2abe4c0
 class _Parser(argparse.ArgumentParser):
@@ -179,7 +186,7 @@ def _parser():
     p.add_argument('--criteria', default='large_final', help='which go first (large_final)')
     p.add_argument('--context', default='local', help='which units compete (local)')
     p.add_argument('--seed', type=int, default=0, help='of the weights (0)')
-    p = command('compress', _compress, 'Sparsify or prune a model at once, as a recipe says.')
+    p = command('compress', _compress, 'Sparsify or prune a model at once, as a recipe says: by sparsities, or until an objective such as 2x latency is met. Nothing is trained.')
     p.add_argument('recipe', metavar='recipe.yaml', help='.yaml, .yml or .toml')
     about_model(p)
     p.add_argument('-o', '--output', metavar='small.pt', required=True, help='.pt, .pth or .safetensors; where units are removed, .safetensors')

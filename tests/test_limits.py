@@ -18,6 +18,7 @@ from fasterai_lib.core.cost import cost
 from fasterai_lib.prune.compress import compress
 from fasterai_lib.prune.prune_callback import PruneCallback
 from fasterai_lib.prune.pruner import Pruner
+from fasterai_lib.recipe.recipe import Recipe
 from fasterai_lib.sparse.sparsifier import Sparsifier
 from fasterai_lib.sparse.sparsify_callback import SparsifyCallback
 
@@ -202,3 +203,36 @@ def test_compress_tries_out(remove):
     learn = learner(cnn().train(), torch.randn(32, 3, 12, 12))
     with learn.no_bar(), learn.no_logging(): done = compress(learn, '50% macs' if remove else '50% nonzero', context='netadapt', steps=1, fine_tune=0, remove=remove, n_batches=1)
     assert done.reached
+
+# --- with an objective
+
+@pytest.mark.parametrize('context', ['global', 'local', 'knapsack', 'netadapt'])
+def test_limits_hold_with_an_objective(context):
+    limits = dict(min_sparsity={'2': 50, '0': 10}, max_sparsity={'4': 25, '0': 60})
+    model = cnn()
+    dense = cost(model, X, latency=False, disk=False).total['macs']
+    p = Pruner(model, X, context=context, data=DATA, loss=nn.functional.cross_entropy, **limits)
+    p.prune_model('40% macs')
+    w = widths(model)
+    assert w['2'] <= 12 and 7 <= w['0'] <= 14 and w['4'] >= 9 and cost(model, X, latency=False, disk=False).total['macs'] <= .4*dense, w
+    with pytest.raises(ValueError, match='the nearest that is possible.*max_sparsity=.*25'): p.plan('5% macs')
+    m = cnn(); Pruner(m, X, context=context, data=DATA, loss=nn.functional.cross_entropy, min_sparsity={'2': 50}).prune_model('90% macs') # the minimum is more than what is asked
+    assert widths(m)['2'] <= 12
+
+@pytest.mark.parametrize('remove', [True, False])
+def test_limits_in_compress_and_recipes(remove):
+    aim, how = '45% macs' if remove else '40% nonzero', dict(min_sparsity={'2': 70}, max_sparsity={'0': 40})
+    learn = learner(cnn().train(), torch.randn(32, 3, 12, 12))
+    with learn.no_bar(), learn.no_logging(): done = compress(learn, aim, steps=2, fine_tune=0, remove=remove, **how)
+    other = cnn()
+    Recipe.from_dict({'objective': aim, 'remove': remove, 'default': {'context': 'global', **how}}).apply(other, X)
+    for m in (learn.model, other):
+        share = {n: m[int(n)].weight.shape[0]/k if remove else float((m[int(n)].weight != 0).double().mean()) for n, k in (('0', 16), ('2', 24))}
+        assert share['2'] <= .3 + 1e-6 + .05*remove and share['0'] >= .6, share
+    assert done.reached
+
+def test_recipe_with_limits_is_what_sparsifiers_do():
+    a, b = cnn(), cnn()
+    Recipe.from_dict({'layers': [{'match': {'type': 'Conv2d'}, 'sparsity': 60, 'context': 'global', 'min_sparsity': {'0': 50}, 'max_sparsity': 70}]}).apply(a)
+    Sparsifier(b, 'weight', 'global', 'large_final', min_sparsity={'0': 50}, max_sparsity=70).sparsify_model(60)
+    assert all(map(torch.equal, a.parameters(), b.parameters())) and .5 <= float((a[0].weight == 0).double().mean()) <= .7

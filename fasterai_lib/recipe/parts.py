@@ -14,6 +14,7 @@ from numbers import Real
 from torch import nn
 
 from ..core.allocation import as_context
+from ..core.allocators import allocators
 from ..core.criteria import as_criteria
 from ..core.granularity import Granularities, Tile
 from ..core.objective import as_objective, as_objectives
@@ -101,7 +102,7 @@ def between(
         for j in groups.get(row.get('group'), [])[:-1]:
             for k in sorted(set(row) & set(rows[j]) - _of_selection):
                 if row[k] != rows[j][k]: yield ('layers', i, k), f"got {row[k]!r}, but layers[{j}] of the same group {row['group']!r} has {rows[j][k]!r}"
-    wanted = merged(data)
+    wanted = sorted(merged(data), key=lambda w: 'objective' in data and w[1].get('sparsity') == 0) # with an objective, those that keep all are no measure for the others
     for path, s in wanted:
         if e := _try(lambda: as_context(s.get('context', 'local'))): continue # said already
         limit = as_context(s.get('context', 'local')).limit
@@ -111,24 +112,33 @@ def between(
         if s.get('sparsity', 0) > high: yield at(path, 'sparsity'), f"got {s['sparsity']:g}, above max_sparsity={high:g}"
         if s.get('sparsity', 100) < low: yield at(path, 'sparsity'), f"got {s['sparsity']:g}, below min_sparsity={low:g}"
         if low > high: yield at(path, 'min_sparsity'), f"got {low:g}, above max_sparsity={high:g}"
+        if 'objective' in data: yield from ((at(path, k), e) for k, e in _with_objective(s, remove))
         if remove and limit < 100: yield at(path, 'context'), f"got {s['context']!r}, which zeroes weights inside units; with remove, whole units go"
     if not rows and 'sparsity' not in data.get('default', {}) and 'objective' not in data: yield (), "nothing to do: no layers, no sparsity in default, no objective"
     for k in ('steps', 'fine_tune'):
         if k in data and 'objective' not in data: yield (k,), f"{k} is for compress, which needs an objective"
-    if not remove: return
+    if not remove and 'objective' not in data: return
+    way = 'remove' if remove else 'an objective'
     where = f"in {wanted[0][1].get('context')} " if wanted else ''
-    for k in ('granularity', 'criteria', 'context', 'schedule', 'min_kept', 'min_sparsity', 'max_sparsity', 'round_to', 'frozen', *(['sparsity'] if any(shares(s.get('context', 'local')) for _, s in wanted) else [])):
+    for k in ('granularity', 'criteria', 'context', 'schedule', 'min_kept', 'min_sparsity', 'max_sparsity', 'round_to', 'frozen', *(['sparsity'] if 'objective' not in data and any(shares(s.get('context', 'local')) for _, s in wanted) else [])):
         first = wanted[0][1].get(k) if wanted else None
         for path, s in wanted[1:]:
-            if s.get(k) != first: yield at(path, k), f"got {s.get(k)!r}, but {show_path(wanted[0][0])} has {first!r}: with remove, {where if k == 'sparsity' else ''}all selections share one {k}"
+            if s.get(k) != first and not ('objective' in data and s.get('sparsity') == 0): yield at(path, k), f"got {s.get(k)!r}, but {show_path(wanted[0][0])} has {first!r}: with {way}, {where if k == 'sparsity' else ''}all selections share one {k}"
+
+def _with_objective(s, remove): # (setting, message) of what is wrong with a selection where an objective says how much
+    if s.get('sparsity', 0) > 0: yield 'sparsity', f"got {s['sparsity']:g}, but with an objective how much goes is what is looked for; leave it out, bound it by min_sparsity and max_sparsity, or write 0 for layers that keep all"
+    c = as_context(s.get('context', 'local'))
+    if c.name != 'local' and not c.shared: yield 'context', f"got {c.name!r}, which settles how much goes where; with an objective: local, {', '.join(allocators)}"
+    if 'round_to' in s and not remove: yield 'round_to', "with an objective, round_to needs remove: true"
 
 def merged(data: dict # Of a recipe that fits the schema
     ) -> list: # Of (path, settings)
-    "The selections with their settings: those of a group are one, `default` is the last where it has a sparsity"
+    "The selections with their settings: those of a group are one, `default` is the last where it has a sparsity, or where an objective has no other"
     default, out, groups = data.get('default', {}), [], {}
     for i, row in enumerate(data.get('layers', [])):
         own = {k: v for k, v in row.items() if k not in _of_selection}
         if row.get('group') in groups: groups[row['group']].update(own); continue
         out.append((('layers', i), {**default, **own}))
         if 'group' in row: groups[row['group']] = out[-1][1]
-    return out + ([(('default',), dict(default))] if 'sparsity' in default else [])
+    rest = 'sparsity' in default or 'objective' in data and all(s.get('sparsity') == 0 for _, s in out)
+    return out + ([(('default',), dict(default))] if rest else [])

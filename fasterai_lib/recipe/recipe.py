@@ -15,6 +15,8 @@ from torch import nn
 
 from ..core.granularity import Granularities, suggest, _get
 from ..core.masks import Masks
+from ..core.objective import as_objectives
+from ..prune.budget import MaskBudget
 from ..prune.plan import Plan
 from ..prune.pruner import Pruner
 from .parts import Part, between, merged, shares, _as_list, _tile
@@ -152,12 +154,12 @@ class Recipe:
         "What the recipe means for `model`"
         of = {n: p for p in self.parts(model) for n in p.names}
         names = [n for n, m in model.named_modules() if Granularities.kind(m)]
-        rows = [dict(layer=n, type=type(model.get_submodule(n)).__name__, **(dict(selection=show_path(p.path), sparsity=p.settings.get('sparsity', p.sparsity), criteria=p.criteria,
+        rows = [dict(layer=n, type=type(model.get_submodule(n)).__name__, **(dict(selection=show_path(p.path), sparsity=p.settings.get('sparsity', ', '.join(self.objective) or p.sparsity), criteria=p.criteria,
                 granularity='units' if self.remove else str(_tile(p.settings.get('granularity', 'weight'))), context=p.context, schedule=p.schedule.name) if (p := of.get(n)) else {})) for n in names]
         return pd.DataFrame(rows, columns=['layer', 'type', 'selection', 'sparsity', 'granularity', 'criteria', 'context', 'schedule'], dtype=object).fillna('')
 
     def _sparsities(self, what): # raise where an objective says how much
-        if self.objective: raise self.fault(('objective',), f"how much is for compress(learn, ...) to find; {what} needs sparsities alone")
+        if self.objective: raise self.fault(('objective',), f"how much is for Recipe.compress(learn) to find, which trains too, or for Recipe.apply; {what} needs sparsities alone")
 
     def apply(self,
         model: nn.Module, # Changed in place; with an error, it is untouched
@@ -165,8 +167,8 @@ class Recipe:
         data=None, # For criteria that look at data: `DataLoaders`, a `DataLoader`, a list of batches, or one batch
         loss=None, # For those that need gradients: `f(out, *targets)`
     ) -> 'Masks | Plan':
-        "Sparsify at once, or remove units where the recipe says so; schedules are for training"
-        self._sparsities('apply')
+        "Sparsify at once, or remove units where the recipe says so; schedules, steps and fine_tune are for training"
+        if self.objective: return self.reach(model, example_inputs, data, loss)[0]
         if self.remove: return self._prune(model, example_inputs, data, loss)
         if example_inputs is not None: raise ValueError(f"{self.name}: example_inputs are for remove: true; this recipe masks weights")
         found = {}
@@ -176,13 +178,44 @@ class Recipe:
         masks.apply(model)
         return masks
 
+    # --- objectives
+    def aimed(self, model: nn.Module # Any model
+        ) -> Part:
+        "The layers that an objective is about; their settings are the same"
+        parts = [p for p in self.parts(model) if p.sparsity > 0]
+        if not parts: raise self.fault(('objective',), "all layers are excluded: there is nothing to make smaller")
+        return Part([n for n in self._layers(model)[0] if any(n in p.names for p in parts)], parts[0].settings, parts[0].path)
+
+    def reach(self,
+        model: nn.Module, # Changed in place; with an error, it is untouched
+        example_inputs: 'torch.Tensor | tuple | dict', # What it runs on
+        data=None, # For criteria and contexts that look at data
+        loss=None, # For those that need gradients, or try out: `f(out, *targets)`
+    ) -> tuple: # (`Masks` or `Plan`, `Budget`: what was asked, predicted and measured)
+        "Meet the objectives at once, without training"
+        for i, o in enumerate(as_objectives(self.objective)):
+            if not o.is_cost: raise self.fault(('objective', i) if isinstance(self.data['objective'], list) else ('objective',), f"{o.text!r} is about a metric, which a model alone does not tell: Recipe.compress(learn) evaluates and trains it")
+        if example_inputs is None: raise ValueError(f"{self.name}: an objective is measured by running the model: pass example_inputs")
+        part = self.aimed(model)
+        if self.remove:
+            arguments, asked = self.removal(model)
+            with _At(self, ('objective',)):
+                pruner = Pruner(model, example_inputs, **arguments, data=data, loss=loss)
+                self.removable(pruner, asked)
+                return pruner.prune_model(self.objective), pruner.budget
+        with _At(self, ('objective',)):
+            s = Sparsifier(model, **part.arguments(model), data=data, loss=loss)
+            if s.criteria.needs_data: s.collect()
+            budget = MaskBudget(s, self.objective, example_inputs)
+            return s.adopt(budget.reach()), budget
+
     # --- removal
     def removal(self, model: nn.Module # Any model
         ) -> tuple: # (arguments of `Pruner`, layer name to percent)
         "What a recipe with `remove` means for `model`; layers without a sparsity keep all their outputs"
         if not self.remove: raise self.fault(('remove',), "this recipe masks weights: it needs remove: true")
         parts = self.parts(model)
-        asked, p = {n: p.sparsity for p in parts for n in p.names if p.sparsity > 0}, parts[0]
+        asked, p = {n: p.sparsity for p in parts for n in p.names if p.sparsity > 0}, self.aimed(model) if self.objective else parts[0]
         still = set() if p.settings.get('frozen') else {n for n in asked if not all(w.requires_grad for w in model.get_submodule(n).parameters())}
         ignored = tuple(glob.escape(n) for n in self._layers(model)[0] if n not in asked or n in still)
         return dict(criteria=p.criteria, context=p.context, round_to=p.round_to, min_kept=p._whole('min_kept') or 1, **p.limits, ignored=ignored), asked

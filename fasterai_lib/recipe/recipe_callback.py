@@ -6,9 +6,13 @@
 __all__ = ['RecipeCallback']
 
 # %% ../../nbs/recipe/recipe_callback.ipynb #7e8865f1
+import inspect
+
+from fastai.learner import Learner
 from fastcore.basics import patch
 
 from ..core.masks import Masks
+from ..prune.compress import Compression, compress as compress_learner
 from ..prune.prune_callback import PruneCallback, _plain
 from .parts import shares
 from .recipe import Recipe, _At
@@ -87,3 +91,25 @@ def from_recipe(cls: PruneCallback,
     if unknown := sorted(set(kwargs) - {'example_inputs', 'exact', 'check', 'every', 'copies'}):
         raise TypeError(f"from_recipe has no argument {unknown[0]!r}; allowed: example_inputs, exact, check, every, copies; the rest is in the recipe")
     return _RecipePruning(_recipe(recipe), **kwargs)
+
+# %% ../../nbs/recipe/recipe_callback.ipynb #4a3dc894
+_of_loop = ('example_inputs', 'n_batches', 'keep_best', 'retries')
+
+@patch
+def compress(self: Recipe,
+    learn: Learner, # Whose model is to cost as little as the recipe says
+    path: 'str | Path' = None, # Folder for a checkpoint of each step; a run that is there already is gone on with
+    **kwargs # `example_inputs`, `n_batches`, `keep_best` and `retries` of `compress`
+) -> Compression: # With `df`, `plot()` and `reached`
+    "Meet the objectives step by step, training in between"
+    if unknown := sorted(set(kwargs) - set(_of_loop)): raise TypeError(f"Recipe.compress has no argument {unknown[0]!r}; allowed: path, {', '.join(_of_loop)}; the rest is in the recipe")
+    if not self.objective: raise self.fault((), "compress needs an objective, such as '2x latency'; this recipe says sparsities, for from_recipe of SparsifyCallback or PruneCallback")
+    model = _plain(learn.model)
+    part = self.aimed(model)
+    how, asked = self.removal(model) if self.remove else (part.arguments(model), {})
+    how = {**kwargs, **how, 'schedule': part.schedule, 'remove': self.remove, **{k: v for k, v in (('steps', self.steps), ('fine_tune', self.fine_tune)) if v is not None}}
+    given = inspect.signature(compress_learner).bind(learn, self.objective, path=path, **how)
+    given.apply_defaults()
+    with _At(self, ('objective',)): run = Compression(**given.arguments)
+    if self.remove: self.removable(run.maker, asked)
+    return run.run()

@@ -104,7 +104,7 @@ def schema(
         'layers': {**_list_of(selection), 'description': 'Selections of layers; a layer belongs to the first that it matches'},
         'exclude': {**_patterns, 'description': 'Names or globs of layers to leave alone'},
         'remove': {'type': 'boolean', 'description': 'Really remove units, rather than mask weights?', 'default': False},
-        'objective': {**_patterns, 'description': 'Until what, for `compress`', 'examples': ['2x latency', ['3 MB', 'accuracy >= dense - 1']]},
+        'objective': {**_patterns, 'description': 'Until what: costs, and floors of metrics for `compress`; instead of sparsities', 'examples': ['2x latency', ['3 MB', 'accuracy >= dense - 1']]},
         'steps': {**_count(1), 'description': 'Steps of `compress`'},
         'fine_tune': {**_count(0), 'description': 'Epochs of training after each step of `compress`'}}, minProperties=1), **shared}
 
