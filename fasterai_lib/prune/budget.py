@@ -7,7 +7,6 @@ __all__ = ['is_objective', 'measure', 'Budget', 'MaskBudget']
 
 # %% ../../nbs/prune/budget.ipynb #d7a26166
 import copy
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,6 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core.allocation import most_kept
 from ..core.allocators import Problem, _highest, allocators, as_allocator, check_needs
 from ..core.cost import cost, positions, quantities
 from ..core.latency import LatencyTable, time_models
@@ -26,7 +24,6 @@ from ..core.selection import Scored, select
 from .compare import masked
 from .predict import Predictor
 from .record import tensors_in
-from ..sparse.sparsifier import limit_of
 
 # %% ../../nbs/prune/budget.ipynb #9bc34996
 def is_objective(
@@ -116,7 +113,9 @@ class Budget:
         def scores(g): # of the units that there were at first, the lowest for those that are gone: so the shares of a second removal count from there, as those of the first did
             s, alive = p.scores(g), torch.from_numpy(g.alive)
             return s if alive.all() else torch.full((len(alive),), float(s.min()) - 1, dtype=s.dtype, device=s.device).masked_scatter_(alive.to(s.device), s)
-        return [{k: f(g) for k, g in self.groups.items()} for f in (scores, lambda g: g.size, lambda g: p.graph.shapes[g.weights[0][0]], lambda g: min(max(p.min_kept, p.least(g)), g.n) if g.n >= p.step(g) else g.n, lambda g: min(g.n, p.most(g)), p.step)]
+        return [{k: f(g) for k, g in self.groups.items()} for f in (scores, lambda g: g.size, lambda g: p.graph.shapes[g.weights[0][0]], lambda g: min(max(p.min_kept, p.least(g)), g.n) if g.n >= p.step(g) else g.n, lambda g: g.n, p.step)]
+
+    def _most(self, k): return self.pruner.most(self.groups[k]) # that min_sparsity leaves
 
     def now(self): return self.pruner.graph.alive
     def chosen(self, counts) -> np.ndarray: # one boolean per label: in each group the highest scores stay
@@ -162,7 +161,8 @@ class Budget:
         p, self.points, self.line, now = self.pruner, {}, {}, self.measure(self.now())
         while True:
             scores, size, shapes, least, most, step = self._groups()
-            self.problem = Problem(scores, self.cost, size, shapes, least, most, step, self.loss if p.data is not None else None)
+            limit = {k: max(min(n, self._most(k)), least[k]) for k, n in most.items()} # min_sparsity goes with the first removal
+            self.problem = Problem(scores, self.cost, size, shapes, least, limit, step, self.loss if p.data is not None else None)
             if p.context.name in allocators: check_needs(p.context.name, self.problem)
             self.learn(self.left, now)
             low = self.problem.at(self.problem.low)
@@ -173,7 +173,7 @@ class Budget:
         for g, v, final in zip(self.goals, got, self.final):
             if v > final*(1 + (1e-9 if g.counted else g.tolerance)):
                 raise ValueError(f"objective {g.objective.text!r} asks for {g.show(final)} of {g.show(g.dense)}; the nearest that is possible, with everything removed that can be removed, is {g.show(v)}: "
-                                 f"{sum(low.values()):,} of {sum(self.left.values()):,} units in {len(low)} groups stay (min_kept={p.min_kept}, max_sparsity={p.max_sparsity})")
+                                 f"{sum(low.values()):,} of {sum(self.left.values()):,} units in {len(low)} groups stay (min_kept={p.min_kept}, max_sparsity={p.max_sparsity if isinstance(p.max_sparsity, dict) else format(p.max_sparsity, 'g')})")
         return now
 
     def _over(self, low): return any(self.predict(g.name, low) > final*(1 + 1e-9) for g, final in zip(self.goals, self.final))
@@ -187,7 +187,7 @@ class Budget:
         p, best, tried, self.tried = self.pruner, None, [], []
         now, choose = self.look(), self.allocator
         self.best = {g.name + end: x for g, v in zip(self.goals, now) for end, x in ((' asked', g.target), (' predicted', v), (' measured', v))}
-        if all(v <= g.target for g, v in zip(self.goals, now)): return self.now()
+        if all(v <= g.target for g, v in zip(self.goals, now)) and all(self.problem.most[k] >= n for k, n in self.problem.n.items()): return self.now()
         while len(tried) < self.tries:
             low = self.problem.at(self.problem.low)
             counts = self.filled(dict(choose(self.problem, 1.))) if self.problem.fits(low, 1.) else low
@@ -254,10 +254,10 @@ class MaskBudget(Budget):
         self.items = {k: Scored(u, p.criteria, p.refs, alive(u)) for k, u in self.units.items()}
         scores = {k: it.all() if it.alive is None else torch.where(it.alive.to(it.device), it.all(), it.all().min() - 1) for k, it in self.items.items()} # what is zero stays zero
         self.left = {k: int(it.alive.sum()) if it.alive is not None else it.n for k, it in self.items.items()}
-        least = {k: max(min(p.min_kept if p.min_kept is not None else 1, u.n), math.ceil(u.n*(1 - limit_of(p.max_sparsity, layer[k], 100.)/100) - 1e-9)) for k, u in self.units.items()}
-        most = {k: min(self.left[k], most_kept(k, u.n, least[k], limit_of(p.min_sparsity, layer[k], 0.))) for k, u in self.units.items()}
-        return scores, {k: u.numel/u.n for k, u in self.units.items()}, {k: tuple(u.shares[0].param.shape) for k, u in self.units.items()}, least, most, dict.fromkeys(self.units, 1)
+        least = {k: p.bounds(u.layer, u.n)[0] for k, u in self.units.items()}
+        return scores, {k: u.numel/u.n for k, u in self.units.items()}, {k: tuple(u.shares[0].param.shape) for k, u in self.units.items()}, least, self.left, dict.fromkeys(self.units, 1)
 
+    def _most(self, k): return self.pruner.bounds(self.units[k].layer, self.units[k].n)[1]
     def _before(self, now): return now if not self.pruner.masks.masks else dict(nonzero=now['parameters'], effective_macs=now['macs'], disk_sparse=now['disk'])
     def now(self): return self.pruner.masks
     def chosen(self, counts) -> Masks:
