@@ -124,7 +124,7 @@ class Predictor:
         "Multiply-accumulates of one run"
         counts = self._all(counts)
         sizes = {a: a(counts) for a in self.growing}
-        return sum(n*c*math.prod([sizes[a] for a in axes]) for (c, axes), n in self.counted)
+        return round(sum(n*c*math.prod([sizes[a] for a in axes]) for (c, axes), n in self.counted))
 
     def activations(self, counts: dict = None # Group name to units that are left
                     ) -> int: # Bytes
