@@ -308,7 +308,7 @@ def check_needs(
     "Raise where an allocator looks at something that there is not"
     needs = allocators[name].needs
     if needs and not any(n in options or getattr(problem, n, None) is not None for n in needs):
-        raise ValueError(f"allocator {name!r} needs {' or '.join(n + '=' for n in needs)}" + (": it tries candidates out. It works in compress, in a Pruner with data= and loss= that is given an objective, and in allocate(measure=...)" if 'measure' in needs else ''))
+        raise ValueError(f"allocator {name!r} needs {' or '.join(n + '=' for n in needs)}" + (": it tries candidates out. It works in a Pruner with data= and loss= that is given an objective, in compress, and in allocate(measure=...)" if 'measure' in needs else ''))
 
 # %% ../../nbs/core/allocators.ipynb #3bdcb97d
 from . import knapsack # registers it
