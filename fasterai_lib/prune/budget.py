@@ -184,33 +184,48 @@ class Budget:
 
     def reach(self): # `chosen`: one boolean per label of the graph, or `Masks`
         "Choose, prove and measure, until the objective is met"
-        p, best, tried, self.tried = self.pruner, None, [], []
+        p, best, tried, self.tried, aim, under, over = self.pruner, None, [], [], 1., None, None # under, over: counts and measured share of the target
         now, choose = self.look(), self.allocator
         self.best = {g.name + end: x for g, v in zip(self.goals, now) for end, x in ((' asked', g.target), (' predicted', v), (' measured', v))}
-        if all(v <= g.target for g, v in zip(self.goals, now)) and all(self.problem.most[k] >= n for k, n in self.problem.n.items()): return self.now()
+        if all(v <= g.target for g, v in zip(self.goals, now)) and all(self.problem.most[k] >= n for k, n in self.left.items()): return self.now()
         while len(tried) < self.tries:
             low = self.problem.at(self.problem.low)
-            counts = self.filled(dict(choose(self.problem, 1.))) if self.problem.fits(low, 1.) else low
+            counts = self.filled(dict(choose(self.problem, aim)), aim) if self.problem.fits(low, aim) else low
             if counts in tried: break # nothing new comes of it
             chosen = self.chosen(counts)
-            if not self.proof(chosen): self.look(); continue # some of it cannot go: choose among the others
+            if not self.proof(chosen): self.look(); aim, under, over = 1., None, None; continue # some of it cannot go: choose among the others
             tried.append(counts)
             said, got = [self.predict(g.name, counts) for g in self.goals], self.measure(chosen)
             self.tried.append({g.name + end: x for g, s, v in zip(self.goals, said, got) for end, x in ((' asked', g.target), (' predicted', s), (' measured', v))})
-            off = max(v/g.target - 1 for g, v in zip(self.goals, got)) # of what is furthest from its target
+            share = max(v/g.target for g, v in zip(self.goals, got)) # of what is furthest from its target
             fits = all(v <= g.target*(1 + (1e-9 if g.counted else g.tolerance)) for g, v in zip(self.goals, got))
-            if fits and (best is None or abs(off) < abs(best[0])): best, self.best = (off, chosen), self.tried[-1]
-            if fits and abs(off) <= (.01 if all(g.counted for g in self.goals) else .03): break
-            self.learn(counts, got)
-        if best is None: raise ValueError(f"{self}: no model found that meets it in {len(tried)} tries; the last is at {', '.join(f'{100*v/g.target:.1f} % of the {g.objective.name} asked for' for g, v in zip(self.goals, got))}")
+            if fits and (best is None or abs(1 - share) < abs(1 - best[0])): best, self.best = (share, chosen), self.tried[-1]
+            if fits and abs(1 - share) <= (.01 if all(g.counted for g in self.goals) else .03): break
+            if share <= 1 and (under is None or share > under[1]): under = counts, share
+            if share > 1 and (over is None or share < over[1]): over = counts, share
+            if under is None or over is None: self.learn(counts, got)
+            else: aim = (self.cost(under[0]) + self.cost(over[0]))/2 # where times have stairs no line helps: between the two
+        said = f"{len(tried)} models were tried; measured, as shares of what was asked: {', '.join(f'{x[1]:.3g}' for x in (under, over) if x)}. Times have stairs: round_to=8 or 16 may get nearer"
+        if best is None: raise ValueError(f"{self}: no model found that meets it; {said}")
+        if any(not g.counted and self.best[f'{g.name} measured'] < .8*final for g, final in zip(self.goals, self.final)) and len(self.goals) == 1: raise ValueError(f"{self}: no model found that is near it; {said}")
         return best[1]
 
-    def filled(self, counts): # with what the allocator's own order left unused, one step of each group in turn, the largest first
+    def filled(self, counts, aim=1.): # with what the allocator's own order left unused: one step of each group in turn, the largest first
         p, moved = self.problem, True
-        while moved and p.cost(counts) < .99:
+        order = sorted(counts, key=lambda g: -p.size[g]*p.step[g])
+        while moved and p.cost(counts) < .99*aim:
             moved = False
-            for g in sorted(counts, key=lambda g: -p.size[g]*p.step[g]):
-                if (k := p.above(g, counts[g])) is not None and p.fits({**counts, g: k}, 1.): counts[g], moved = k, True
+            for g in order:
+                if (k := p.above(g, counts[g])) is not None and p.fits({**counts, g: k}, aim): counts[g], moved = k, True
+        for g in order: # or a large step in exchange for small ones
+            if (c := p.cost(counts)) >= .99*aim: break
+            if (k := p.above(g, counts[g])) is None: continue
+            trial, moved = {**counts, g: k}, True
+            while moved and not p.fits(trial, aim):
+                moved = False
+                for h in order[::-1]:
+                    if h != g and trial[h] > p.low(h) and not p.fits(trial, aim): trial[h], moved = p.below(h, trial[h] - 1), True
+            if p.fits(trial, aim) and p.cost(trial) > c: counts = trial
         return counts
 
     @property
@@ -239,7 +254,7 @@ class MaskBudget(Budget):
         **kwargs # For `Budget`
     ):
         for o in as_objectives(objective):
-            if o.is_cost and o.name not in (able := ('nonzero', 'effective_macs', 'disk_sparse', 'disk_compressed')): raise ValueError(f"objective {o.text!r}: zeros do not change the {quantities[o.name].title} of a model, removal does; with masks only: {', '.join(able)}")
+            if o.is_cost and o.name not in (able := ('nonzero', 'effective_macs', 'disk_sparse', 'disk_compressed')): raise ValueError(f"objective {o.text!r}: zeros do not change this cost ({quantities[o.name].title}), removal does; with masks only: {', '.join(able)}")
         if sparsifier.context.allocator is None and sparsifier.context.name not in ('local', 'global'): raise ValueError(f"context {sparsifier.context.name!r} settles how much goes where; with an objective: local, {', '.join(allocators)}")
         super().__init__(sparsifier, objective, inputs=example_inputs, **kwargs)
 

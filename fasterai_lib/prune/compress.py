@@ -295,8 +295,8 @@ class Compression:
 def compress(
     learn: Learner, # Whose model is to become smaller, in place
     objective: 'str | list | dict | Objective', # `'2x latency'`, `'3 MB'`, `['50% macs', 'accuracy >= dense - 1']`: costs, and floors of metrics
-    criteria: 'str | Criteria' = 'large_final', # Which units go first
-    context: 'str | Context' = 'global', # How much where: `'local'`, `'global'`, or a name in `allocators`
+    criteria: 'str | Criteria' = 'taylor', # Which units go first
+    context: 'str | Context' = 'local', # How much where: `'local'`, `'global'`, or a name in `allocators`
     schedule: 'str | Schedule' = 'agp', # How the way is shared out over the steps: its shape, not its start and end
     steps: int = 5, # How often something is removed
     fine_tune: 'int | Callable' = 1, # Epochs of `learn.fit` after each removal; or a function of the Learner that trains it
@@ -318,8 +318,9 @@ _compress = compress
 @patch
 def compress(self: Learner,
     objective: 'str | list | dict | Objective', # `'2x latency'`, `'3 MB'`, `['50% macs', 'accuracy >= dense - 1']`: costs, and floors of metrics
-    **kwargs # For `compress`
+    *args, # For `compress`, in its order: criteria, context, schedule, ...
+    **kwargs # Likewise, by name
 ) -> Compression: # With `df`, `plot()` and `reached`
     "Make the model cost as little as asked, step by step, training in between"
-    return _compress(self, objective, **kwargs)
+    return _compress(self, objective, *args, **kwargs)
 compress = _compress # `patch` takes the name
