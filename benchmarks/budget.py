@@ -243,6 +243,8 @@ disturbs less. MACs and parameters counted by `core.cost`. "Scores kept": of the
 training images, summed over the weights of a unit; `squared_final / max`: mean square of the weights over the largest in the group (random weights for
 torchvision models: costs only). Goal: within {GOAL["macs"]:g} % (MACs) and {GOAL["latency"]:g} % (latency); "below": it costs less than that, which an objective allows.
 ''')
+    loads = [r['load'] for r in rows.rows.values()]
+    if loads: print(f'Load of the machine while the rows were measured (2 and more disturb latencies and searches): {min(loads):.1f} to {max(loads):.1f}.\n')
     print(table(COSTS, costs))
     if tested:
         dense = rows.rows.get(('dense', 'resnet56', str(args.test)), {}).get('right', math.nan)
