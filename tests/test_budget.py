@@ -68,7 +68,7 @@ def test_every_quantity_in_every_spelling(q, v, of, gap, case, join, pick):
 
 
 @pytest.mark.parametrize('text, name, dense, target', [
-    ('8 ms', 'latency', 1, .008), ('3 MB', 'disk', 1, 3e6), ('200M MACs', 'macs', 1, 2e8), ('200 MMACs', 'macs', 1, 2e8), ('1.5B params', 'parameters', 1, 1.5e9), ('1e6 weights', 'parameters', 1, 1e6), ('.5x latency', 'latency', 8, 4),
+    ('8 ms', 'latency', 1, .008), ('3 MB', 'disk', 1, 3e6), ('200M MACs', 'macs', 1, 2e8), ('200 MMACs', 'macs', 1, 2e8), ('1.5B params', 'parameters', 1, 1.5e9), ('1B of parameters', 'parameters', 1, 1e9), ('2 B of memory', 'memory', 1, 2), ('1e6 weights', 'parameters', 1, 1e6), ('.5x latency', 'latency', 8, 4),
     ('2x speed', 'throughput', 100, 200), ('200% throughput', 'throughput', 100, 200), ('3 megabytes', None, 1, 0), ('accuracy >= dense - 1', 'accuracy', .9, .89), ('accuracy>=dense-1%', 'accuracy', .9, .89), ('accuracy >= dense', 'accuracy', .9, .9),
     ('accuracy >= 90', 'accuracy', .95, .9), ('accuracy >= 90%', 'accuracy', .95, .9), ('valid_loss <= dense + 0.1', 'valid_loss', .5, .6), ('valid_loss ≤ 2', 'valid_loss', .5, 2), ('perplexity <= dense + 1', 'perplexity', 30, 31), ('error_rate <= dense + 2', 'error_rate', .1, .12),
     ('score >= 17', 'score', 20, 17), ('10 seconds', 'latency', 1, 10), ('8 milliseconds', 'latency', 1, .008), ('3000 bytes', 'disk', 1, 3000), ('50 percent of MACs', 'macs', 8, 4)])

@@ -115,7 +115,7 @@ def as_objective(
     return Objective(o, name, v*_many[many], False)
 
 def _byte_free(rest): # 'B parameters' are billions
-    words = rest.split(None, 1)
+    words = re.sub(r'^(\w+\s+)of\s+', r'\1', rest, flags=re.I).split(None, 1)
     try: return len(words) == 2 and _quantity(words[1], rest) not in _same_unit
     except ValueError: return False
 
