@@ -1,6 +1,6 @@
 """Objectives: what was asked for, what was predicted and what was measured after removal; accuracy of what is left; allocators beside the best possible."""
 from common import SHORT, machine, note, optional, table, version  # one thread, before torch is imported
-import argparse, copy, fnmatch, itertools, json, os, statistics, sys, tempfile, time
+import argparse, copy, fnmatch, itertools, json, math, os, statistics, sys, tempfile, time
 from pathlib import Path
 import torch, torch.nn.functional as F
 import cifar
@@ -68,7 +68,7 @@ def torch_pruning(lib, dense, x, share, importance='GroupMagnitudeImportance', d
 
 # --------------------------------------------------------------------------------------- problems that can be enumerated
 def small_problem(kind, g):
-    "(problem, budget, value of a choice, value of the best): four groups of 3 to 6 units, whose costs add up, come in stairs of 3 units, or multiply like those of layers in a row"
+    "(problem, budget, value of a choice, value of the best): four groups; costs add up, come in stairs of 3 units, or multiply like those of layers in a row"
     from fasterai_lib.core.allocators import Problem
     sizes, price, names = torch.randint(3, 7, (4,), generator=g).tolist(), (1 + 9*torch.rand(4, generator=g)).tolist(), 'abcd'
     scores = {k: torch.rand(m, generator=g, dtype=torch.float64)*(1 + 3*torch.rand((), generator=g)) for k, m in zip(names, sizes)}
@@ -197,7 +197,6 @@ def report(args, rows):
         trained = False
     objectives = [f'{s:g}x {kind}' for kind in args.kinds for s in args.shares]
     settings = dict(test=args.test, steps=args.steps, batch=args.batch, rate=args.rate)
-    tune, right, batches = None, None, None
     if trained:
         x, y = cifar.images(args.data, 1)
         x_test, y_test = (t[:args.test] for t in cifar.images(args.data, 'test'))
@@ -237,29 +236,38 @@ def report(args, rows):
                     'group norm': {}, 'taylor': dict(importance='GroupTaylorImportance', data=batches[:1], steps=200)}.items()):
                 key = ('peers', f'{share:g}x macs', 'Torch-Pruning, global', setting)
                 if r := rows(key, lambda: scored(torch_pruning(lib, dense56, example, share, **kwargs), dense56, example)): tested.append(tested_line(key, r))
-    print(f'Batch 1, one thread. A latency: median of {args.runs} runs of the smaller and of the dense model in turn, after the search, beside each other; "CPU time": the same\nratio of the thread\'s own time, which other work disturbs less; "asked", "predicted" and "measured" are\n'
-          'shares of the dense model. MACs and parameters counted by `core.cost`. "Scores kept": of the sum of the scores of all units, which knapsack makes as large as it can. "Search":\n'
-          'deciding, proving and measuring, the first of a model with times of operators measured anew. Torchvision models have random weights. Goal: measured within '
-          f'{GOAL["macs"]:g} % (MACs)\nand {GOAL["latency"]:g} % (latency) of what was asked for; "below": it costs less than that, which an objective allows.\n')
+    print(f'''Batch 1, one thread. "Asked", "predicted" (before anything was removed) and "measured" are shares of the dense model. A latency: median of {args.runs} runs of the smaller
+and of the dense model in turn, after the search, whose own measurements are not used. "CPU time": the same ratio of the thread's own time, which other work
+disturbs less. MACs and parameters counted by `core.cost`. "Scores kept": of the sum of the scores of all units, which knapsack makes as large as it can.
+"Search": deciding, proving and measuring, wall time; the first row of a model with latencies measures its operators too. `taylor`: |weight x gradient| of 512
+training images, summed over the weights of a unit; `squared_final / max`: mean square of the weights over the largest in the group (random weights for
+torchvision models: costs only). Goal: within {GOAL["macs"]:g} % (MACs) and {GOAL["latency"]:g} % (latency); "below": it costs less than that, which an objective allows.
+''')
+    loads = [r['load'] for r in rows.rows.values()]
+    if loads: print(f'Load of the machine while the rows were measured (2 and more disturb latencies and searches): {min(loads):.1f} to {max(loads):.1f}.\n')
     print(table(COSTS, costs))
     if tested:
-        print(f'### Accuracy of ResNet-56\n\nDense: {dense56_right(rows, args)}. Right of the first {args.test} test images after removal, and after {args.steps} steps of fine-tuning, the same for all: '
-              f'{args.batch} of the first 10,000\ntraining images (flips, shifts) a step, SGD, Nesterov momentum .9, weight decay 5e-4, peak rate {args.rate:g}, cosine; one seed. `taylor`: |weight x gradient| summed over the weights of a\n'
-              f'unit, gradient of 512 training images. Torch-Pruning {version("torch-pruning")}: `global_pruning` in small steps (of 1/400; taylor: 1/200, the gradient of 128 images anew for each) until the MACs are reached.\n')
+        dense = rows.rows.get(('dense', 'resnet56', str(args.test)), {}).get('right', math.nan)
+        print(f'''### Accuracy of ResNet-56
+
+Dense {dense:.2f} %. Right of the first {args.test} test images after removal, and after {args.steps} steps of fine-tuning, the same for all: {args.batch} of the first 10,000 training images
+(flips, shifts) a step, SGD, Nesterov momentum .9, weight decay 5e-4, peak rate {args.rate:g}, cosine; ONE seed: half a point is chance. Scores over the largest of their
+group are made for a threshold (global); knapsack adds scores up, which `taylor` allows and these do not: shown for what comes of it.
+Torch-Pruning {version("torch-pruning")}: `global_pruning` in small steps (of 1/400; taylor: 1/200, the gradient of 128 images anew for each) until the MACs are reached.
+''')
         order = {o: i for i, o in enumerate(objectives)}
         print(table(TESTED, sorted(tested, key=lambda l: order.get(l[0], 99))))
     said, fine = reached_goals(rows.rows)
     print(f'### What was to be reached\n\n{said}')
-    print(f'### Allocators beside the best of all choices\n\n{args.problems} problems of each kind, four groups of 3 to 6 units, random scores and prices; every choice within the budget was looked at. Value: sum of the scores kept,\n'
-          'over that of the best choice. Costs `add up`, come in `stairs` of three units, or `multiply` like those of layers in a row. "Stated": the gap to the optimum that the allocator says\nit may have at most (none where costs multiply).\n')
+    print(f'''### Allocators beside the best of all choices
+
+{args.problems} problems of each kind, four groups of 3 to 6 units, random scores and prices; every choice within the budget was looked at. Value: the sum of the scores kept over
+that of the best choice. Costs `add up`, come in `stairs` of three units, or `multiply` like those of layers in a row. "Stated": by how much the allocator says that
+the best may be ahead of it, at most (it says nothing where costs multiply).
+''')
     print(table(['costs', 'allocator', 'mean value', 'worst', 'the best', 'largest stated gap %', 'its largest true gap %', 'gap always true'],
-                enumerated(['add up', 'stairs', 'multiply'], ['knapsack', 'global', 'uniform', 'owl'], args.problems)))
+                enumerated(['add up', 'stairs', 'multiply'], ['knapsack', 'global', 'uniform'], args.problems)))
     return fine
-
-
-def dense56_right(rows, args):
-    found = rows.rows.get(('dense', 'resnet56', str(args.test)), {})
-    return f'{found["right"]:.2f} %' if 'right' in found else 'not measured'
 
 
 if __name__ == '__main__': main()
