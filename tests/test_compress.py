@@ -225,7 +225,7 @@ def test_floors_survive_a_kill(tmp_path):
 def test_another_run_in_the_folder(tmp_path):
     learn = learner()
     compress(learn, '50% macs', steps=1, fine_tune=0, path=tmp_path/'run')
-    for kw, says in ((dict(objective='40% macs'), "objective was .*50% macs.* there and is .*40% macs"), (dict(criteria='random'), 'criteria was'), (dict(context='local'), "context was 'global' there and is 'local' here"), (dict(steps=2), 'steps was 1 there and is 2'), (dict(fine_tune=2), 'fine_tune was'),
+    for kw, says in ((dict(objective='40% macs'), "objective was .*50% macs.* there and is .*40% macs"), (dict(criteria='random'), 'criteria was'), (dict(context='local'), "context was 'knapsack' there and is 'local' here"), (dict(steps=2), 'steps was 1 there and is 2'), (dict(fine_tune=2), 'fine_tune was'),
                      (dict(remove=False), 'remove was'), (dict(schedule='lin'), 'schedule was'), (dict(schedule=iterative(4)), 'schedule was'), (dict(round_to=2), 'round_to was None there and is .2. here'), (dict(keep_best=False), 'keep_best was'), (dict(min_kept=3), 'min_kept'), (dict(model=1), 'model was')):
         other = learner(s=kw.pop('model', 0))
         before = state(other)

@@ -205,9 +205,9 @@ class Budget:
             if share > 1 and (over is None or share < over[1]): over = counts, share
             if under is None or over is None: self.learn(counts, got)
             else: aim = (self.cost(under[0]) + self.cost(over[0]))/2 # where times have stairs no line helps: between the two
-        said = f"{len(tried)} models were tried; measured, as shares of what was asked: {', '.join(f'{x[1]:.3g}' for x in (under, over) if x)}. Times have stairs: round_to=8 or 16 may get nearer"
-        if best is None: raise ValueError(f"{self}: no model found that meets it; {said}")
-        if any(not g.counted and self.best[f'{g.name} measured'] < .8*final for g, final in zip(self.goals, self.final)) and len(self.goals) == 1: raise ValueError(f"{self}: no model found that is near it; {said}")
+        said = f"in {len(tried)} tries; measured, as shares of what was asked: {', '.join(f'{x[1]:.3g}' for x in (under, over) if x)}. Times have stairs: round_to=8 or 16 may get nearer"
+        if best is None: raise ValueError(f"{self}: no model found that meets it {said}")
+        if any(not g.counted and self.best[f'{g.name} measured'] < .8*final for g, final in zip(self.goals, self.final)) and len(self.goals) == 1: raise ValueError(f"{self}: no model found that is near it {said}")
         return best[1]
 
     def filled(self, counts, aim=1.): # with what the allocator's own order left unused: one step of each group in turn, the largest first
