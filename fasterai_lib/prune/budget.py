@@ -30,7 +30,8 @@ def is_objective(
     x, # What somebody gave as a sparsity
 ) -> bool: # Is it one or several objectives?
     "Does `x` say what the model may cost, instead of how many units go?"
-    return isinstance(x, (str, Objective)) or isinstance(x, (list, tuple, dict)) and any(isinstance(v, (str, Objective)) for v in (x.values() if isinstance(x, dict) else x))
+    values = list(x.values() if isinstance(x, dict) else x) if isinstance(x, (list, tuple, dict)) else [x]
+    return len(values) > 0 and all(isinstance(v, Objective) or isinstance(v, str) and not v.strip().replace('.', '', 1).isdigit() for v in values) # '50' is a sparsity in quotes
 
 def measure(
     model: nn.Module, # Left as it was
