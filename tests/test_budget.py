@@ -373,6 +373,27 @@ def test_closed_loop(monkeypatch, factor, offset, drift, ask):
     assert .9/1.6 <= got <= 1.05/1.6
     assert b.tried[-1]['latency measured'] <= 1.05*b.goals[0].target and len(b.tried) <= 6
 
+class Flights(Fake): # in steps of 8: 17 channels take the time of 24
+    def seconds(self, func, args, kwargs=None):
+        return 1e-6 + sum(1e-9*math.prod(-(-n//8)*8 if n > 4 else n for n in a.shape) for a in args if hasattr(a, 'shape'))
+
+def deep(): # many layers: uniform has stairs that are close together only if they are not all climbed at once
+    torch.manual_seed(0)
+    widths = [3, 32, 40, 48, 56, 64, 48]
+    return nn.Sequential(*(m for a, b in zip(widths, widths[1:]) for m in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 5)).eval()
+
+@pytest.mark.parametrize('context', ['uniform', 'global', 'knapsack'])
+@pytest.mark.parametrize('ask', [.75, .5, .33])
+def test_a_time_with_stairs(monkeypatch, context, ask):
+    def clock(models, **kw):
+        return [Timing([Predictor(Pruner(copy.deepcopy(m), x, check=False).graph, Flights(), points=10**6).latency()], batch=len(x)) for m, x in models]
+    monkeypatch.setattr(budget_module, 'time_models', clock)
+    m = deep()
+    dense, p = clock([(m, PICTURES)])[0].median, Pruner(m, PICTURES, context=context)
+    p.budget = Budget(p, f'{ask}x latency', table=Fake()) # knows nothing of stairs
+    p.prune_model(f'{ask}x latency')
+    assert .9*ask <= clock([(m, PICTURES)])[0].median/dense <= 1.05*ask, p.budget.df
+
 def test_impossible_times_are_refused(monkeypatch):
     for factor, offset in ((1, 1e-3), (100, 1e-3)):
         monkeypatch.setattr(budget_module, 'time_models', Clock(factor, offset))
