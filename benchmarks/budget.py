@@ -134,11 +134,15 @@ def cost_line(key, r):
             f'{r["cpu"]:.3f}' if 'cpu' in r else '', f'{r["kept"]:.1f}', f'{r["parameters"]:.3f}', f'{r["seconds"]:.1f}', 'met' if met else 'below' if off < 0 else 'MISSED']
 
 
+def mean(values): return statistics.mean(values) if isinstance(values, list) else values # rows of before there were seeds have one number
+def mean_sd(values): return f'{mean(values):.2f}' + (f' ± {statistics.stdev(values):.2f}' if isinstance(values, list) and len(values) > 1 else '')
+
+
 def tested_line(key, r):
     objective, who, criteria = key[-3:]
     if 'error' in r: return [objective, who, criteria, r['error'].replace('|', '/').replace('\n', ' '), *['']*4]
     show = lambda k, d=3: f'{r[k]:.{d}f}' if k in r else ''
-    return [objective, who, criteria, show('macs'), show('latency'), show('parameters'), show('after', 2), show('tuned', 2)]
+    return [objective, who, criteria, show('macs'), show('latency'), show('parameters'), show('after', 2), mean_sd(r['tuned']) if 'tuned' in r else '']
 
 
 def reached_goals(rows):
@@ -151,14 +155,14 @@ def reached_goals(rows):
         far, refused = sum(abs(v) > goal for v in off), len(of) - len(off)
         fine &= not far and not refused
         lines.append(f'- {kind} within {goal:g} % of what was asked for: {len(off) - far} of {len(of)} rows, {refused} refused' + (f'; the largest difference {max(off, key=abs):+.1f} %' if off else '') + '.')
-    ahead = {k: r['tuned'] - u['tuned'] for k, r in mine.items() if k[3] == 'knapsack' and 'tuned' in r and 'tuned' in (u := mine.get((*k[:3], 'uniform', k[4]), {}))}
+    ahead = {k: mean(r['tuned']) - mean(u['tuned']) for k, r in mine.items() if k[3] == 'knapsack' and 'tuned' in r and 'tuned' in (u := mine.get((*k[:3], 'uniform', k[4]), {}))}
     for kind in GOAL:
         if found := {k: v for k, v in ahead.items() if k[2].endswith(kind)}:
             fine &= min(found.values()) > 0
             lines.append(f'- Knapsack ahead of uniform at equal {kind}, fine-tuned, points: ' + ', '.join(f'{v:+.2f} ({k[2]}, {k[4]})' for k, v in found.items()) + '.')
     for objective in dict.fromkeys(k[1] for k in rows if k[0] == 'peers'):
-        theirs = {k[3]: r['tuned'] for k, r in rows.items() if k[:2] == ('peers', objective) and 'tuned' in r}
-        ours = {f'{k[3]}, {k[4]}': r['tuned'] for k, r in mine.items() if k[0] == 'resnet56' and k[2] == objective and 'tuned' in r}
+        theirs = {k[3]: mean(r['tuned']) for k, r in rows.items() if k[:2] == ('peers', objective) and 'tuned' in r}
+        ours = {f'{k[3]}, {k[4]}': mean(r['tuned']) for k, r in mine.items() if k[0] == 'resnet56' and k[2] == objective and 'tuned' in r}
         if theirs and ours:
             (a, v), (b, w) = (max(d.items(), key=lambda i: i[1]) for d in (ours, theirs))
             lines.append(f'- {objective}: the best of ours ({a}) {v:.2f} %, of Torch-Pruning ({b}) {w:.2f} %.')
@@ -177,6 +181,7 @@ def main():
     parser.add_argument('--steps', type=int, default=100, help='of fine-tuning')
     parser.add_argument('--batch', type=int, default=64)
     parser.add_argument('--rate', type=float, default=.01)
+    parser.add_argument('--seeds', type=int, default=1, help='of fine-tuning: the order of the images, flips and shifts')
     parser.add_argument('--runs', type=int, default=101, help='of each model for a latency')
     parser.add_argument('--problems', type=int, default=200, help='to enumerate, of each kind')
     parser.add_argument('--only', default='*', help='globs of "costs: model: side: objective: context: criterion", "peers: objective: who: criterion", joined by |')
@@ -196,11 +201,11 @@ def report(args, rows):
         print('*Left out: ResNet-56, whose data are not there.*\n')
         trained = False
     objectives = [f'{s:g}x {kind}' for kind in args.kinds for s in args.shares]
-    settings = dict(test=args.test, steps=args.steps, batch=args.batch, rate=args.rate)
+    settings = dict(test=args.test, steps=args.steps, batch=args.batch, rate=args.rate, seeds=args.seeds)
     if trained:
         x, y = cifar.images(args.data, 1)
         x_test, y_test = (t[:args.test] for t in cifar.images(args.data, 'test'))
-        tune = lambda model: fine_tune(model, (x, y), args.steps, 0, args.batch, args.rate)
+        tune = lambda model, seed: fine_tune(model, (x, y), args.steps, seed, args.batch, args.rate)
         right = lambda model: cifar.accuracy(model, x_test, y_test)
         batches = [(cifar.normalised(a), b) for a, b in zip(x[:512].split(128), y[:512].split(128))]
         dense56 = cifar.trained(args.data, 'resnet56')
@@ -209,7 +214,7 @@ def report(args, rows):
     def scored(model, dense, example):
         "What is right of a smaller ResNet-56, before and after fine-tuning"
         out = dict(macs=macs_of(model, example)/macs_of(dense, example), parameters=size(model)/size(dense), settings=settings, after=right(model))
-        return {**out, 'tuned': right(tune(copy.deepcopy(model)))} if args.steps else out
+        return {**out, 'tuned': [right(tune(copy.deepcopy(model), s)) for s in range(args.seeds)]} if args.steps else out
 
     for kind in args.kinds:  # MACs first: what is counted does not mind what else the machine does
         for name in args.models:
@@ -251,7 +256,7 @@ torchvision models: costs only). Goal: within {GOAL["macs"]:g} % (MACs) and {GOA
         print(f'''### Accuracy of ResNet-56
 
 Dense {dense:.2f} %. Right of the first {args.test} test images after removal, and after {args.steps} steps of fine-tuning, the same for all: {args.batch} of the first 10,000 training images
-(flips, shifts) a step, SGD, Nesterov momentum .9, weight decay 5e-4, peak rate {args.rate:g}, cosine; ONE seed: half a point is chance. Scores over the largest of their
+(flips, shifts) a step, SGD, Nesterov momentum .9, weight decay 5e-4, peak rate {args.rate:g}, cosine; mean ± standard deviation of the seeds of fine-tuning where there are several; with ONE half a point is chance. Scores over the largest of their
 group are made for a threshold (global); knapsack adds scores up, which `taylor` allows and these do not: shown for what comes of it.
 Torch-Pruning {version("torch-pruning")}: `global_pruning` in small steps (of 1/400; taylor: 1/200, the gradient of 128 images anew for each) until the MACs are reached.
 ''')

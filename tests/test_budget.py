@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from prune_zoo import Dense, Grouped, Inverted, Attention, Mlp, NeXt, Picture, Residual, Sequence, Split, randomise
 from torch import nn
 
+from fasterai_lib.core.allocation import Context
 from fasterai_lib.core.allocators import allocators
 from fasterai_lib.core.cost import cost, quantities
 from fasterai_lib.core.latency import Timing
-from fasterai_lib.core.objective import Objective, as_objective, as_objectives
+from fasterai_lib.core.objective import as_objective, as_objectives
 from fasterai_lib.prune import budget as budget_module
 from fasterai_lib.prune.budget import Budget, MaskBudget, is_objective
 from fasterai_lib.prune.predict import Predictor
@@ -456,3 +457,28 @@ def test_two_steps_share_out_as_one(context): # what is asked for second counts 
     p.prune_model('70% macs')
     p.prune_model('40% macs')
     for a, b in zip(once.parameters(), twice.parameters()): assert all(abs(i - j) <= 1 for i, j in zip(a.shape, b.shape)), (a.shape, b.shape)
+
+
+# --- options of allocators
+
+def test_options_of_an_allocator_go_along():
+    calls, x, y = [], torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    def loss(*a): return calls.append(0) or nn.functional.cross_entropy(*a)
+    def net(): return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    tried = {}
+    for n in (3, 20):
+        calls.clear()
+        p = Pruner(net(), x, context=Context('simulated_annealing', options=dict(evaluations=n)), data=[(x, y)], loss=loss)
+        p.prune_model('50% macs')
+        tried[n] = len(calls)/(len(p.budget.tried) + 1) # one batch: one loss a candidate; the last choice may be one that was tried
+    assert 1 <= tried[3] <= 3 < tried[20] <= 20
+    for flat, steep in (('0', '2'), ('2', '0')): # measured curves take the place of data, with an objective as with a sparsity
+        curves = {flat: [(0., 1.), (100., 1.1)], steep: [(0., 1.), (100., 9.)]}
+        for asked in ('50% macs', 30.):
+            p = Pruner(net(), x, context=Context('sensitivity', options=dict(curves=curves)))
+            p.prune_model(asked)
+            lost = {g.name: 1 - g.alive.mean() for g in p.groups}
+            assert lost[flat] > 2*lost[steep], (asked, lost)
+    with pytest.raises(ValueError, match="none for '2'"): Pruner(net(), x, context=Context('sensitivity', options=dict(curves={'0': [(0., 1.), (100., 9.)]}))).prune_model('50% macs')
+    with pytest.raises(TypeError, match="no option 'evaluation'; did you mean 'evaluations'"): Context('simulated_annealing', options=dict(evaluation=3))
+    with pytest.raises(ValueError, match='has no options'): Context('2:4', 2, 4, options=dict(evaluations=3))

@@ -8,11 +8,11 @@ __all__ = ['Context', 'as_context', 'allocate', 'most_kept']
 # %% ../../nbs/core/allocation.ipynb #81bd47bf
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from .allocators import Problem, allocators, check_needs
+from .allocators import Problem, allocators, as_allocator, check_needs
 from .granularity import suggest
 from .selection import Scored, select, _alive, _golden, _half_up, _leaving, _order, _same_size, _weights
 
@@ -27,9 +27,12 @@ class Context:
     m: int = 0 # n:m: neighbours in a group
     axis: str = 'i' # n:m and balanced: the axis the groups or tiles lie along
     tile: int = 0 # balanced: neighbours in a tile
+    options: dict = field(default_factory=dict, hash=False) # Of the allocator of this name: `dict(evaluations=400)`
 
     def __post_init__(self):
         if not self.m and not self.tile and self.name not in (known := [*_contexts, *allocators]): raise ValueError(f"context {self.name!r}: {suggest(self.name, list(dict.fromkeys([*known, *_forms])))}")
+        if self.options and self.name not in allocators: raise ValueError(f"context {self.name!r} has no options, got {', '.join(self.options)}")
+        if self.options: as_allocator(self.name, self.options) # does it have these?
 
     @property
     def allocator(self): return self.name if self.name in allocators and self.name not in _contexts else None # that shares one budget out over the layers
@@ -61,7 +64,7 @@ class Context:
 
     def check_plain(self):
         "Raise where this context cannot share out a sparsity, only an objective or what is measured"
-        if self.allocator and self.allocator not in _simple():
+        if self.allocator and self.allocator not in _simple() and not any(n in self.options for n in allocators[self.allocator].needs):
             raise ValueError(f"context {self.name!r} tries candidates out on the model, or reads measured curves: it works in compress, in allocate(..., measure=) "
                              f"and with an objective, as in Pruner(..., data=, loss=).prune_model('50% macs'), not with a sparsity; for that: {', '.join([*_contexts, *_simple()])}")
 
@@ -143,7 +146,7 @@ def allocate(
     if context.allocator or any(minima.values()):
         step = round_to if isinstance(round_to, dict) else dict.fromkeys(layers, round_to or 1)
         least = {name: n[name] if n[name] < step[name] else max(floor(name), sum(floors_of(name))) for name in layers}
-        left = _share_out(layers, next(iter(sparsity.values())), context.allocator or 'global', least, minima, {name: floors_of(name) for name in layers}, step, bool(min_kept) or min(map(cap, layers)) < 100)
+        left = _share_out(layers, next(iter(sparsity.values())), context, least, minima, {name: floors_of(name) for name in layers}, step, bool(min_kept) or min(map(cap, layers)) < 100)
         return {name: select(its, 0, floors_of(name), n[name] - left[name]) for name, its in layers.items()}
     if context.name == 'global':
         items = [it for its in layers.values() for it in its]
@@ -178,7 +181,7 @@ def most_kept(
     if least > math.ceil(exact - 1e-9): raise ValueError(f"{name}: min_sparsity={minimum:g} leaves at most {exact:g} of {n} units, but min_kept, max_sparsity and round_to keep {least}")
     return max(math.floor(exact + 1e-9)//step*step, least)
 
-def _share_out(layers, asked, allocator, least, minima, floors, step, strict): # layer name to units kept; the budget is in weights kept
+def _share_out(layers, asked, context, least, minima, floors, step, strict): # layer name to units kept; the budget is in weights kept
     n, now = {l: sum(it.n for it in its) for l, its in layers.items()}, {l: sum(it.n if it.alive is None else int(it.alive.sum()) for it in its) for l, its in layers.items()}
     scores, size, total = {l: torch.cat([it.all() for it in its]) for l, its in layers.items()}, {l: _weights(its)/n[l] for l, its in layers.items()}, sum(map(_weights, layers.values()))
     ragged = {l: torch.cat([it.units.sizes() for it in its])[_leaving(its, floors[l])[0].cpu()].flip(0).cumsum(0) for l, its in layers.items() if not _same_size(its)} # weights of those that stay
@@ -199,8 +202,8 @@ def _share_out(layers, asked, allocator, least, minima, floors, step, strict): #
     problem = Problem(scores, cost, size, {l: [s for it in its for s in it.shapes] for l, its in layers.items()}, least, most, step)
     if (low := cost(problem.at(problem.low))) > budget + unit and strict:
         raise ValueError(f"{asked:g} % of the weights cannot go: min_kept, max_sparsity and round_to leave at most {100 - 100*low/total:.2f} %")
-    check_needs(allocator, problem)
-    return allocators[allocator](problem, max(budget, low))
+    check_needs(name := context.allocator or 'global', problem, context.options)
+    return allocators[name](problem, max(budget, low), **context.options)
 
 def _multiple(name, kept, n, round_to, floor): # the multiple of round_to nearest to kept
     if n < round_to: raise ValueError(f"{name}: has {n} units, so what remains cannot be a multiple of round_to={round_to}")

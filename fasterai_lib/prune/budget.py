@@ -8,6 +8,7 @@ __all__ = ['is_objective', 'measure', 'Budget', 'MaskBudget']
 # %% ../../nbs/prune/budget.ipynb #d7a26166
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -164,7 +165,7 @@ class Budget:
             scores, size, shapes, least, most, step = self._groups()
             limit = {k: max(min(n, self._most(k)), least[k]) for k, n in most.items()} # min_sparsity goes with the first removal
             self.problem = Problem(scores, self.cost, size, shapes, least, limit, step, self.loss if p.data is not None else None)
-            if p.context.name in allocators: check_needs(p.context.name, self.problem)
+            if p.context.name in allocators: check_needs(p.context.name, self.problem, p.context.options)
             self.learn(self.left, now)
             low = self.problem.at(self.problem.low)
             if self.line.get('latency', (0.,))[0] == 1 and self._over(low): self.line['latency'] = now[[g.name for g in self.goals].index('latency')]/self.predictor.latency(self.left), 0. # or all of it is too high
@@ -186,7 +187,7 @@ class Budget:
     def reach(self): # `chosen`: one boolean per label of the graph, or `Masks`
         "Choose, prove and measure, until the objective is met"
         p, best, tried, self.tried, aim, under, over = self.pruner, None, [], [], 1., None, None # under, over: counts and measured share of the target
-        now, choose = self.look(), self.allocator
+        now, choose = self.look(), partial(self.allocator, **p.context.options)
         self.best = {g.name + end: x for g, v in zip(self.goals, now) for end, x in ((' asked', g.target), (' predicted', v), (' measured', v))}
         if all(v <= g.target for g, v in zip(self.goals, now)) and all(self.problem.most[k] >= n for k, n in self.left.items()): return self.now()
         while len(tried) < self.tries:

@@ -7,9 +7,7 @@ __all__ = ['compress', 'Compression']
 
 # %% ../../nbs/prune/compress.ipynb #ea4f421e
 import copy
-import hashlib
 import json
-import math
 import random
 import time
 from itertools import islice
@@ -25,8 +23,9 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from safetensors.torch import load_model, save_model
 from torch import nn
+from tqdm import tqdm
 
-from ..core.allocation import Context
+from ..core.allocation import Context, as_context
 from ..core.allocators import allocators
 from ..core.cost import quantities
 from ..core.criteria import Criteria
@@ -39,6 +38,7 @@ from .budget import Budget, MaskBudget, measure
 from .plan import Undo, _record, save_pruned, sources
 from .prune_callback import _examples, _plain
 from .pruner import Pruner
+from .sensitivity import _digest, less_is_better
 from ..sparse.sparsifier import Sparsifier, _whole
 from ..sparse.sparsify_callback import MaskCallback
 
@@ -59,11 +59,6 @@ class _KeepBest(Callback): # the weights of the best epoch of a fit
 
 def _evaluate(learn): # metric name to its value on the validation set
     with learn.no_bar(), learn.no_logging(): return dict(zip(['valid_loss', *(m.name for m in learn.metrics)], map(float, learn.validate())))
-
-def _fingerprint(model): # of all weights
-    h = hashlib.sha256()
-    for n, t in sorted(model.state_dict().items()): h.update(n.encode() + t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
 
 class _Snapshot: # to go back to where a step began
     def __init__(self, model, maker, opt=None): # its optimizer
@@ -170,13 +165,13 @@ class Compression:
         self.schedule.start, self.schedule.end = (0., None), (1., None) # its shape, over all steps
         device, given = next(self.model.parameters()).device, how
         self.inputs = _examples(next(iter(batches(learn.dls, device))).inputs, device) if example_inputs is None else example_inputs
-        measured = 'measure' in getattr(allocators.get(context), 'needs', ()) if isinstance(context, str) else False
+        measured = 'measure' in getattr(allocators.get(as_context(context).name), 'needs', ())
         how = dict(how, criteria=criteria, context=context, loss=learn.loss_func, **(dict(data=learn.dls) if measured else {})) # each step looks at its own
         if layer_type is None: layer_type = tuple(t for t in (nn.Conv2d, nn.Linear) if not isinstance(granularity, str) or granularity in Granularities.available(t)) or (nn.Conv2d, nn.Linear)
         self.maker = Pruner(self.model, self.inputs, **how) if remove else Sparsifier(self.model, granularity, layer_type=layer_type, **how)
-        settings = dict(objective=[o.text for o in self.objectives], criteria=str(self.maker.criteria), context=self.maker.context.name, schedule=f'{self.schedule.name} {self.schedule.kwargs or ""}'.strip(), steps=self.steps,
+        settings = dict(objective=[o.text for o in self.objectives], criteria=str(self.maker.criteria), context=f'{self.maker.context.name} {self.maker.context.options or ""}'.strip(), schedule=f'{self.schedule.name} {self.schedule.kwargs or ""}'.strip(), steps=self.steps,
                         fine_tune=getattr(fine_tune, '__qualname__', repr(fine_tune)), remove=remove, n_batches=n_batches, keep_best=keep_best, retries=retries, **{k: repr(v) for k, v in sorted(given.items())},
-                        **({} if remove else dict(granularity=repr(granularity), layer_type=repr(layer_type))), model=_fingerprint(self.model)[:16])
+                        **({} if remove else dict(granularity=repr(granularity), layer_type=repr(layer_type))), model=_digest(self.model.state_dict())[:16])
         self.folder = None if path is None else _Folder(path, settings)
         found = self.folder and self.folder.read()
         dense = found['dense']['metrics'] if found else _evaluate(learn)
@@ -185,7 +180,7 @@ class Compression:
             o.target(dense[o.name])
         self.monitor = (self.floors[0].name if self.floors else [*dense, 'valid_loss'][1]) if keep_best is True else keep_best
         if self.monitor and self.monitor not in dense: raise ValueError(f"keep_best={keep_best!r}: the Learner has no metric {self.monitor!r}; {suggest(self.monitor, list(dense))}")
-        self.less = any(w in (self.monitor or '').lower() for w in ('loss', 'error', 'perplexity', 'mse', 'mae', 'msle')) or any(o.name == self.monitor and o.sense == '<=' for o in self.floors)
+        self.less = less_is_better(self.monitor or '') or any(o.name == self.monitor and o.sense == '<=' for o in self.floors)
         self.state = {k: v for k, v in (found or {}).items() if k != 'step'} or dict(dense=dict(metrics=dense, costs=measure(self.model, self.inputs, [*dict.fromkeys(('latency' if o.name == 'throughput' else o.name for o in self.costs)), 'parameters', 'nonzero', 'macs'])), log=[], done=0., left=None, stopped=None)
         self.budget = (Budget(self.maker, self.costs, self.dense['costs']) if remove else MaskBudget(self.maker, self.costs, self.inputs, dense=self.dense['costs']))
         if self.state['left'] is None: self.state['left'] = self.way()
@@ -264,12 +259,18 @@ class Compression:
         if self.fine_tune:
             with learn.no_bar(), learn.no_logging(), learn.added_cbs(cbs): self.fine_tune(learn) if callable(self.fine_tune) else learn.fit(self.fine_tune)
         m.data = None
-        now = _evaluate(learn)
+        now = _evaluate(learn) if self.fine_tune else pruned
         costs = {g.name: b.best[f'{g.name} measured'] for g in b.goals} | measure(self.model, self.inputs, [*dict.fromkeys([*(g.name for g in b.goals if g.counted), 'parameters', 'nonzero', 'macs'])]) # training changes what is zero
         return dict(step=len(self.state['log']) + 1, done=share, **costs, **{k: v for k, v in b.best.items() if not k.endswith('measured')}, **{f'{k} pruned': v for k, v in pruned.items()}, **now, seconds=time.time() - start)
 
     def run(self):
         "All steps that are left"
+        s = self.state
+        with tqdm(total=len(s['log']) + len(s['left']), initial=len(s['log']), desc='compress', delay=5, leave=False, disable=not hasattr(self.learn, 'progress')) as bar: self._steps(bar)
+        self.budget.at(1.)
+        return self
+
+    def _steps(self, bar):
         s = self.state
         while s['left']:
             share, before = s['left'][0], _Snapshot(self.model, self.maker, self.learn.opt) if self.floors else None
@@ -288,8 +289,9 @@ class Compression:
                 s['done'], s['left'] = share, s['left'][1:]
             if 'why' in s and not s['left']: s['stopped'] = f"stopped {100*s['done']:.0f} % of the way: {s['why']}"
             if self.folder: self.folder.save(self, len(s['log']))
-        self.budget.at(1.)
-        return self
+            bar.total = len(s['log']) + len(s['left'])
+            bar.update()
+            bar.set_postfix({g.name: g.show(row[g.name]) for g in self.budget.goals} | {n: f'{row[n]:.4g}' for n in self.dense['metrics']})
 
 # %% ../../nbs/prune/compress.ipynb #c45dfabc
 def compress(

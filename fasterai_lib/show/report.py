@@ -13,8 +13,6 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.cost import packed, positions, state_of
-from ..core.granularity import Granularities
-from ..core.masks import Masks
 from ..core.units import layers_of
 
 # %% ../../nbs/show/report.ipynb #5b4b4030
