@@ -12,7 +12,7 @@ from fasterai_lib.core.masks import Masks
 from fasterai_lib.sparse.compensate import compensate
 from fasterai_lib.sparse.lockstep import Lockstep
 from fasterai_lib.sparse.recalibrate import recalibrate
-from fasterai_lib.sparse.least_squares import columns, solve_rows
+from fasterai_lib.sparse.least_squares import Moments, columns, solve_rows
 from fasterai_lib.sparse.obs import Budget, obc_columns, obc_rows, sparsegpt_rows
 from fasterai_lib.sparse.reconstruct import reconstruct
 from fasterai_lib.sparse.sparsegpt import obc, sparsegpt
@@ -371,3 +371,117 @@ def test_means_of_dead_units_go_into_the_next_bias_or_running_mean():
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(ValueError, match='NaN'): compensate(net, masks, x*float('nan'))
     assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values()))
+
+
+# what the shortcut around a layer has lost
+
+class Around(nn.Module):
+    "Residual blocks of all sorts: a sum after a norm, in place, swapped, of a bare layer, with dropout; and one whose shortcut is computed late"
+    def __init__(self, how, norm=True, late=False):
+        super().__init__()
+        self.stem, self.body, self.norm, self.head, self.how, self.late = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1, bias=not norm), nn.BatchNorm2d(6) if norm else nn.Identity(), nn.Linear(6, 4), how, late
+    def forward(self, x):
+        x = self.stem(x).relu()
+        y = F.dropout(self.norm(self.body(x)), .3, self.training)
+        if self.late: x = x*1
+        y = self.how(y, x)
+        return self.head(y.relu().mean((2, 3)))
+
+def in_place(y, x):
+    y += x
+    return y
+SUMS = {'y + x': lambda y, x: y + x, 'x + y': lambda y, x: x + y, 'y += x': in_place, 'add': lambda y, x: torch.add(y, other=x), 'add_': lambda y, x: y.add_(x)}
+
+@pytest.mark.parametrize('norm', [True, False])
+@pytest.mark.parametrize('how', SUMS)
+def test_a_branch_makes_up_for_what_its_shortcut_has_lost(how, norm):
+    torch.manual_seed(0)
+    net, x = Around(SUMS[how], norm).double().eval(), data(3, 8, 8, n=70)
+    if norm:
+        net.norm.weight.data.copy_(torch.tensor([0., -1., 2., .5, -.3, 1.])); nn.init.normal_(net.norm.bias); net.norm.running_var.uniform_(.5, 2.); net.norm.running_mean.normal_() # the first can bring nothing
+    dense, masks, apart = copy.deepcopy(net), random_masks(net, types=nn.Conv2d), copy.deepcopy(net)
+    reconstruct(net, masks, list(x.split(32)))
+    reconstruct(apart, masks, list(x.split(32)), shortcuts=False)
+    np.testing.assert_array_equal(net.stem.weight.detach(), apart.stem.weight.detach()) # nothing goes around it
+    with torch.no_grad(): h0, h = dense.stem(x).relu(), net.stem(x).relu()
+    keep = masks['body.weight'].full(net.body.weight.shape).numpy()
+    for m, lost in ((apart, torch.zeros_like(h)), (net, h0 - h)):
+        with torch.no_grad():
+            gain = (dense.norm.weight/(dense.norm.running_var + dense.norm.eps).sqrt()).numpy() if norm else np.ones(6)
+            per = gain/(gain**2 + 1e-4*np.abs(gain).max()**2) if norm else gain
+            Y = (dense.body(h0).numpy() + lost.numpy()*per[:, None, None]).transpose(0, 2, 3, 1).reshape(-1, 6)
+        X = F.unfold(h, 3, padding=1).permute(0, 2, 1).flatten(0, 1).numpy()
+        W, c = lstsq_rows(X, Y, keep.reshape(6, -1), True, dense.body.weight.detach().reshape(6, -1).numpy(), .01)
+        np.testing.assert_allclose(m.body.weight.detach().reshape(6, -1), W, atol=1e-8)
+        if not norm: np.testing.assert_allclose(m.body.bias.detach(), c, atol=1e-8)
+    def sums(m): # what the block sends on
+        with torch.no_grad(): h = m.stem(x).relu(); return m.norm(m.body(h)) + h
+    if not norm: assert (sums(net) - sums(dense)).square().mean() < .99*(sums(apart) - sums(dense)).square().mean()
+
+def test_a_shortcut_that_is_not_known_yet_is_left_alone():
+    torch.manual_seed(0)
+    net, x = Around(SUMS['y + x'], late=True).double().eval(), data(3, 8, 8, n=40)
+    apart, masks = copy.deepcopy(net), random_masks(net, types=nn.Conv2d)
+    for m, on in ((net, True), (apart, False)): reconstruct(m, masks, x, shortcuts=on)
+    assert same(net, apart)
+
+@pytest.mark.parametrize('how', [lambda y, x: torch.add(y, x, alpha=2), lambda y, x: y*x, lambda y, x: y + x[:, :1]])
+def test_only_plain_sums_count(how):
+    torch.manual_seed(0)
+    net, x = Around(how).double().eval(), data(3, 8, 8, n=40)
+    apart, masks = copy.deepcopy(net), random_masks(net, types=nn.Conv2d)
+    for m, on in ((net, True), (apart, False)): reconstruct(m, masks, x, shortcuts=on)
+    assert same(net, apart)
+
+@pytest.mark.parametrize('sums', [1, 2])
+def test_a_layer_in_two_places_has_no_one_shortcut(sums):
+    class Twice(Around):
+        def forward(self, x):
+            x = self.stem(x).relu()
+            x = self.body(x).relu() + (x if sums == 2 else 0)
+            return self.head((x + self.body(x)).mean((2, 3)))
+    torch.manual_seed(0)
+    net, x = Twice(None, norm=False).double().eval(), data(3, 8, 8, n=40)
+    apart, masks = copy.deepcopy(net), random_masks(net, types=nn.Conv2d)
+    for m, on in ((net, True), (apart, False)): reconstruct(m, masks, x, shortcuts=on)
+    assert same(net, apart)
+
+def test_the_same_positions_of_inputs_and_of_what_is_lost():
+    torch.manual_seed(0)
+    layer, x, lost = nn.Conv2d(3, 4, 3, padding=1).double(), data(3, 5, 5, n=20), torch.randn(20, 4, 5, 5, dtype=torch.float64)
+    u = columns(layer, x)
+    exact = nn.Parameter(torch.randn(4, 27, dtype=torch.float64))
+    lost = (exact.detach() @ u[0]).reshape(4, 20, 5, 5).transpose(0, 1)
+    m = Moments(layer, positions=5)
+    m.add(x, None, lost)
+    assert m.n == 100
+    H, G, _ = m.system(True)
+    torch.testing.assert_close(torch.linalg.solve(H[0], G[0].mT).mT, layer.weight.detach().reshape(4, 27) + exact.detach())
+
+@pytest.mark.parametrize('f', [sparsegpt, obc])
+def test_choice_and_fit_know_of_the_shortcut(f):
+    torch.manual_seed(0)
+    net, x, kw = Around(SUMS['x + y'], norm=False).double().eval(), data(3, 8, 8, n=70), dict(rounds=2) if f is obc else dict(dense=True)
+    dense, apart, parts = copy.deepcopy(net), copy.deepcopy(net), copy.deepcopy(net)
+    for m, on in ((net, True), (apart, False)): f(m, 60, x, layer_type=nn.Conv2d, shortcuts=on, **kw)
+    f(parts, 60, list(x.split(16)), layer_type=nn.Conv2d, **kw)
+    for a, b in zip(net.parameters(), parts.parameters()): torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-6)
+    def sums(m):
+        with torch.no_grad(): h = m.stem(x).relu(); return m.body(h) + h
+    assert (sums(net) - sums(dense)).square().mean() < (sums(apart) - sums(dense)).square().mean()
+
+def test_attention_and_its_shortcuts():
+    torch.manual_seed(0)
+    layer, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True).double().eval(), data(5, 8, n=40)
+    dense, apart = copy.deepcopy(layer), copy.deepcopy(layer)
+    masks = Sparsifier(layer, 'weight', 'local', 'random', layer_type=nn.Linear).plan(60)
+    for m, on in ((layer, True), (apart, False)): reconstruct(m, masks, [x[:7], x[7:]], shortcuts=on)
+    assert torch.equal(layer.self_attn.out_proj.weight, apart.self_attn.out_proj.weight) # the model's own input goes around it: nothing is lost
+    assert (layer(x) - dense(x)).square().mean() < (apart(x) - dense(x)).square().mean()
+
+def test_a_norm_of_zeros_brings_nothing():
+    torch.manual_seed(0)
+    net, x = Around(SUMS['x + y']).double().eval(), data(3, 8, 8, n=40)
+    nn.init.zeros_(net.norm.weight)
+    reconstruct(net, random_masks(net, types=nn.Conv2d), x)
+    assert all(torch.isfinite(p).all() for p in net.state_dict().values())

@@ -42,22 +42,28 @@ class Moments:
     def add(self,
         x: torch.Tensor, # Inputs of the layer as it will be
         x0: torch.Tensor = None, # Inputs of the dense layer, of the same shape; by default the same inputs
+        more: torch.Tensor = None, # What the outputs should have besides, of their shape
     ):
         "Count a batch"
         w, b = self.m.weight.detach(), None if self.m.bias is None else self.m.bias.detach()
         x0 = x if x0 is None else x0
-        if isinstance(self.m, nn.Linear): x, x0 = x.reshape(-1, x.shape[-1]), x0.reshape(-1, x.shape[-1])
-        elif x.ndim == w.ndim - 1: x, x0 = x.unsqueeze(0), x0.unsqueeze(0)
+        if isinstance(self.m, nn.Linear): x, x0, more = x.reshape(-1, x.shape[-1]), x0.reshape(-1, x.shape[-1]), None if more is None else more.reshape(-1, len(w))
+        elif x.ndim == w.ndim - 1: x, x0, more = x.unsqueeze(0), x0.unsqueeze(0), None if more is None else more.unsqueeze(0)
         per_sample = max(1, math.prod(x.shape[1:])*(1 if isinstance(self.m, nn.Linear) else math.prod(self.m.kernel_size)))
-        for a, a0 in zip(x.split(max(1, _most//per_sample)), x0.split(max(1, _most//per_sample))):
+        size = max(1, _most//per_sample)
+        for a, a0, d in zip(x.split(size), x0.split(size), [None]*len(x) if more is None else more.split(size)):
             u = columns(self.m, a)
             u0 = u if x0 is x else columns(self.m, a0)
             if self.positions and not isinstance(self.m, nn.Linear) and self.positions*len(a) < u.shape[2]:
                 at = torch.randperm(u.shape[2], generator=torch.Generator().manual_seed(0))[:self.positions*len(a)].to(u.device)
                 u, u0 = u[:, :, at], u[:, :, at] if u0 is u else u0[:, :, at]
+            else: at = None
             g, n = len(u), u.shape[2]
             y = w.to(u.dtype).reshape(g, -1, u.shape[1]) @ u0
             if b is not None: y += b.to(u.dtype).view(g, -1, 1)
+            if d is not None:
+                d = d.to(u.dtype).transpose(0, 1).reshape(g, y.shape[1], -1)
+                y += d if at is None else d[:, :, at]
             self.n += n
             for k, v in dict(xx=u @ u.mT, yx=y @ u.mT, x=u.sum(2), y=y.sum(2), yy=y.square().sum(2)).items(): self.sums[k] = self.sums.get(k, 0) + v.double()
 

@@ -13,14 +13,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.running import Batch, batches, untouched
-from ..core.watch import Watch, _peeks
+from ..core.watch import Watch, _layers, _peeks
 
 # %% ../../nbs/sparse/lockstep.ipynb #bffd47b9
 class _Closed(BaseException): "Unwinds a run for which nobody waits any more"
 
 _mean_at = {F.batch_norm: 1, torch.batch_norm: 3} # position of the running mean among the arguments
+_adds = {'add', 'add_', '__add__', '__radd__', '__iadd__'}
 
 class _Elsewhere(TorchFunctionMode):
     def __init__(self, run):
@@ -32,8 +34,35 @@ class _Elsewhere(TorchFunctionMode):
         if func in _mean_at:
             mean = kwargs['running_mean'] if 'running_mean' in kwargs else args[_mean_at[func]] if len(args) > _mean_at[func] else None
             if (name := run.norms.get(id(mean))) is not None: run.stop(name, args[0] if args else kwargs['input'])
+        if func.__name__ in _peeks: return func(*(run.swap(tuple(args)) if run.values else args), **(run.swap(kwargs) if run.values else kwargs))
+        run.calls += 1
+        call = run.calls, func, args, kwargs
         if run.values: args, kwargs = run.swap(tuple(args)), run.swap(kwargs)
-        return func(*args, **kwargs) if func.__name__ in _peeks else run.ask(func, args, kwargs)
+        out = run.ask(func, args, kwargs)
+        if run.sums is not None: run.sums.add(*call, out)
+        for name in run.wanted.get(call[0], ()): run.made[name] = out
+        return out
+
+class _Sums:
+    "Which tensor, made before a layer is reached, is added to the layer's output"
+    def __init__(self, params):
+        self.names, self.made, self.of, self.found = {id(p): n for n, p in params.items()}, WeakIdKeyDictionary(), WeakIdKeyDictionary(), {}
+
+    def add(self, call, func, args, kwargs, out):
+        first, second = [args[i] if len(args) > i else kwargs.get(k) for i, k in enumerate(('input', 'weight'))]
+        if func.__name__ in _adds and kwargs.get('alpha', 1) == 1:
+            second = kwargs.get('other', second)
+            for a, b in ((first, second), (second, first)):
+                if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a in self.of and a.shape == b.shape and self.made.get(b, call) < self.of[a][1]:
+                    name, _, mean = self.of[a]
+                    self.found[name] = None if name in self.found else (self.made[b], mean) # twice: which of them?
+        if not isinstance(out, torch.Tensor): return
+        self.made[out] = call
+        if func in _layers and id(second) in self.names: self.of[out] = self.names[id(second)], call, None
+        elif isinstance(first, torch.Tensor) and first in self.of:
+            name, at, mean = self.of[first]
+            if func in _mean_at and mean is None: self.of[out] = name, at, id(kwargs['running_mean'] if 'running_mean' in kwargs else args[_mean_at[func]])
+            elif func in (F.dropout, torch.dropout): self.of[out] = self.of[first] # in eval mode
 
 class Run:
     "One batch on its way through a model, from layer to layer"
@@ -48,6 +77,7 @@ class Run:
         self.norms = {id(m.running_mean): n for n, m in (norms or {}).items()}
         self.at = self.x = self.call = self.answer = self.error = self.out = None # where it waits, and the input there
         self.done = self.closed = False
+        self.calls, self.wanted, self.made, self.sums, self.shortcut = 0, {}, {}, None, None # of operators; which outputs to keep until a layer is reached
         self.go, self.asked = threading.Semaphore(0), threading.Semaphore(0)
         self.thread = None
 
@@ -73,7 +103,7 @@ class Run:
 
     def stop(self, name, x):
         if self.closed: raise _Closed
-        self.at, self.x = name, x
+        self.at, self.x, self.shortcut = name, x, self.made.pop(name, None)
         self._wait()
 
     def ask(self, *call):
@@ -91,7 +121,7 @@ class Run:
         if self.thread is None:
             self.thread = threading.Thread(target=self._work, daemon=True)
             self.thread.start()
-        self.at = self.x = None
+        self.at = self.x = self.shortcut = None
         while True:
             self.go.release()
             self.asked.acquire()
@@ -118,9 +148,10 @@ class Lockstep:
         params: dict, # Name to weight: where to stop
         norms: dict = None, # Name to BatchNorm: where to stop too
         values: tuple = ({},), # One dict per run of a batch: id of a parameter or buffer to the tensor in its place
+        shortcuts: bool = False, # Keep what will be added to a layer's output, for the stop at the layer?
     ):
         if data is None: raise ValueError("data is needed: DataLoaders, a DataLoader, a list of batches or one batch")
-        self.model, self.params, self.norms, self.values = model, params, norms or {}, values
+        self.model, self.params, self.norms, self.values, self.shortcuts = model, params, norms or {}, values, {} if shortcuts else None # name to (operator, its BatchNorm)
         device = next((p.device for p in (*params.values(), *(m.running_mean for m in self.norms.values()))), None)
         self.batches = list(batches(data, device))
 
@@ -129,6 +160,7 @@ class Lockstep:
         runs = [[Run(self.model, b, self.params, self.norms, v) for v in self.values] for b in self.batches]
         first = Run(self.model, self.batches[0], self.params, self.norms)
         uses, order = Counter(), {}
+        if self.shortcuts is not None: first.sums = _Sums(self.params)
         everyone = [r for rs in runs for r in rs]
         try:
             with untouched(self.model):
@@ -136,6 +168,10 @@ class Lockstep:
                     first.advance()
                     if not first.done: uses[first.at] += 1
                 first.out = None
+                if first.sums is not None:
+                    self.shortcuts.update({n: v for n, v in first.sums.found.items() if v and uses[n] == 1})
+                    for r in everyone:
+                        for n, (k, _) in self.shortcuts.items(): r.wanted.setdefault(k, []).append(n)
                 for r in everyone: r.advance()
                 while going := [r for r in everyone if not r.done]:
                     for r in going: order.setdefault(r.at, len(order))

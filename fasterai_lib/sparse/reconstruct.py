@@ -53,11 +53,12 @@ def unreached(names, what='layer'): # the error for layers that no batch uses
 
 class Walk:
     "A dense and a pruned run of every batch through the layers of a model, whose new values are kept aside until the end"
-    def __init__(self, model, data, weights: dict, norms: dict, dense: bool = True, pruned: bool = True, partial: bool = False):
+    def __init__(self, model, data, weights: dict, norms: dict, dense: bool = True, pruned: bool = True, partial: bool = False, shortcuts: bool = False):
         self.partial = partial # may layers be left out that the data does not reach?
         self.model, self.weights, self.norms, self.values, self.dense = model, weights, norms, {}, dense # values: id to tensor
         self.tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        self.lockstep = Lockstep(model, data, {n: m.weight for n, m in weights.items()}, norms, ({},)*(dense or not pruned) + (self.values,)*pruned)
+        self.lockstep = Lockstep(model, data, {n: m.weight for n, m in weights.items()}, norms, ({},)*(dense or not pruned) + (self.values,)*pruned, shortcuts and dense and pruned)
+        self.scales = {id(m.running_mean): m for m in model.modules() if getattr(m, 'running_mean', None) is not None}
         self.absorbed = followed_by_norm(model, self.lockstep.params, norms, self.lockstep.batches[0]) if norms else {}
 
     def put(self, tensor, value): self.values[id(tensor)] = value.detach().to(tensor.dtype).view_as(tensor)
@@ -73,13 +74,22 @@ class Walk:
                 if not again: self._norm(name, seen.pop(name))
             elif name not in done:
                 moments = seen.setdefault(name, Moments(self.weights[name], self.positions))
-                for rs in runs: moments.add(rs[-1].x, rs[0].x if self.dense else None)
+                for rs in runs: moments.add(rs[-1].x, rs[0].x if self.dense else None, self.lost(name, rs))
                 if not again:
                     moments.check(name)
                     done.add(name)
                     yield name, self.weights[name], seen.pop(name)
         if not self.partial: unreached([n for n in self.weights if n not in done])
     positions = None
+
+    def lost(self, name, runs): # what the shortcut around a layer lacks in the pruned run, as the layer's output would have to bring it
+        if runs[0].shortcut is None: return None
+        d, (_, mean) = runs[0].shortcut - runs[-1].shortcut, self.lockstep.shortcuts[name]
+        if mean is None: return d
+        norm = self.scales[mean]
+        g = (torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach())/(norm.running_var + norm.eps).sqrt()
+        g = g/(g.square() + (1e-2*g.abs().max()).square()).clamp_min(torch.finfo(g.dtype).tiny) # where the norm multiplies by next to nothing, nothing can be brought
+        return d*g.view(-1, *(1,)*(d.ndim - 2))
 
     def gain(self, name, m): # by what the norm that follows a layer multiplies each output, float64
         norm = self.absorbed.get(name)
@@ -131,10 +141,11 @@ def reconstruct(
     damp: float = .01, # What draws the weights to their old values, relative to the mean square of a layer's inputs; 0 or more
     norms: 'bool | str | tuple' = True, # Recompute the statistics of BatchNorms on the way: all, none, or names or globs
     positions: int = None, # Of each sample that a convolution looks at, drawn at random; None for all
+    shortcuts: bool = True, # Where something is added to what a layer sends, as in a residual block: make up for what that has lost, too?
 ) -> pd.DataFrame: # One row per layer: share of the variance of the dense outputs that is lost, masked only and fitted
     "Fit what `masks` keep of each layer to the outputs of the dense model, layer after layer"
     params, weights, damp = masks.params(model), fittable(model, masks, layers), damping(damp)
-    walk = Walk(model, data, weights, walk_norms(model, norms))
+    walk = Walk(model, data, weights, walk_norms(model, norms), shortcuts=shortcuts)
     walk.positions = positions
     full = {n: masks[n].full(p.shape).to(p.device) for n, p in params.items()}
     for n, p in params.items(): walk.put(p, p.detach()*full[n]) # until it is fitted, or for good

@@ -32,10 +32,10 @@ def _plan(model, sparsity, granularity, context, layer_type, exclude, least):
     return asked, targets, {f'{n}.weight'.lstrip('.'): mods[n] for n in targets}
 
 @torch.no_grad()
-def _run(model, sparsity, data, decide, granularity='weight', context='local', layer_type=(nn.Linear, *_convs), exclude=(), sequential=True, dense=False, damp=.01, norms=True, positions=None):
+def _run(model, sparsity, data, decide, granularity='weight', context='local', layer_type=(nn.Linear, *_convs), exclude=(), sequential=True, dense=False, damp=.01, norms=True, positions=None, shortcuts=True):
     damp = damping(damp)
     asked, targets, weights = _plan(model, sparsity, granularity, context, layer_type, exclude, 1)
-    walk, out = Walk(model, data, weights, walk_norms(model, norms) if sequential else {}, dense and sequential, sequential), {}
+    walk, out = Walk(model, data, weights, walk_norms(model, norms) if sequential else {}, dense and sequential, sequential, shortcuts=shortcuts), {}
     walk.positions = positions
     for name, m, moments in walk:
         layer = name.rpartition('.')[0]
@@ -82,6 +82,7 @@ def sparsegpt(
     damp: float = .01, # Added to the diagonal of the inputs' products, as a share of its mean
     norms: 'bool | str | tuple' = True, # Recompute the statistics of BatchNorms on the way: all, none, or names or globs
     positions: int = None, # Of each sample that a convolution looks at, drawn at random; None for all
+    shortcuts: bool = True, # Where something is added to what a layer sends, as in a residual block: make up for what that has lost, too? Only with `dense`
 ) -> Masks: # What is kept; for `SparsifyCallback(masks=...)`, for example
     "Choose weights and update the others, in one pass over the columns of each layer (SparseGPT, Frantar & Alistarh, 2023)"
     if isinstance(blocksize, bool) or not isinstance(blocksize, int) or blocksize < 1: raise ValueError(f"blocksize must be a whole number of columns, at least 1, got {blocksize!r}")
@@ -90,7 +91,7 @@ def sparsegpt(
         w, keep = sparsegpt_rows(best[:, :, at], H[:, at][:, :, at], Budget(len(m.weight), len(at), remove, c.name), blocksize, damp)
         back = at.argsort()
         return keep[:, :, back], w[:, :, back]
-    return _run(model, sparsity, data, decide, 'weight', context, layer_type, exclude, sequential, dense, damp, norms, positions)
+    return _run(model, sparsity, data, decide, 'weight', context, layer_type, exclude, sequential, dense, damp, norms, positions, shortcuts)
 
 def obc(
     model: nn.Module, # Changed in place
@@ -106,6 +107,7 @@ def obc(
     damp: float = .01, # Added to the diagonal of the inputs' products, as a share of its mean
     norms: 'bool | str | tuple' = True, # Recompute the statistics of BatchNorms on the way: all, none, or names or globs
     positions: int = None, # Of each sample that a convolution looks at, drawn at random; None for all
+    shortcuts: bool = True, # Where something is added to what a layer sends, as in a residual block: make up for what that has lost, too? Only with `dense`
 ) -> Masks: # What is kept; for `SparsifyCallback(masks=...)`, for example
     "Choose units by what their removal costs when all others are fitted anew, and fit them (Optimal Brain Compression, Frantar et al., 2022)"
     if rounds is not None and (isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1): raise ValueError(f"rounds must be a whole number, at least 1, or None for one weight at a time; got {rounds!r}")
@@ -126,4 +128,4 @@ def obc(
             cost = ((best @ H)*best).sum(2).flatten()
             return torch.ones_like(cost, dtype=torch.bool).index_fill_(0, cost.argsort(stable=True)[:remove], False), None
         raise ValueError(f"granularity {granularity!r}: units must be single weights, span all rows, or be whole rows; this one leaves units of {units.grid.block} in {units.grid.view}")
-    return _run(model, sparsity, data, decide, granularity, context, layer_type, exclude, sequential, dense, damp, norms, positions)
+    return _run(model, sparsity, data, decide, granularity, context, layer_type, exclude, sequential, dense, damp, norms, positions, shortcuts)
