@@ -1,10 +1,10 @@
 """One-shot pruning of trained CIFAR-10 ResNets without retraining: masks alone, statistics recomputed, what remains fitted, and weights chosen by what a fit can make up for."""
 import argparse, copy, statistics, time
 from pathlib import Path
-import torch, torch.nn as nn
+import torch, torch.nn as nn, torch.nn.functional as F
 import cifar
 from common import note, table
-from fasterai_lib.all import Sparsifier, obc, recalibrate, reconstruct, sparsegpt
+from fasterai_lib.all import Sparsifier, obc, recalibrate, reconstruct, refine, sparsegpt
 
 DATA = Path(__file__).resolve().parents[1].parent/'shared/data'
 SAMPLES, BATCH = 1024, 128
@@ -25,15 +25,18 @@ def gpt(model, percent, data, positions): sparsegpt(model, {**by_layer(magnitude
 def surgeon(model, percent, data, positions): obc(model, {**by_layer(magnitude(model, percent)), 'linear': 0}, data, rounds=4, positions=positions)
 
 
-METHODS = {'global magnitude': masked, '+ recalibrate': recalibrated, '+ reconstruct': fitted, 'sparsegpt': gpt, 'obc, 4 rounds': surgeon}
+def refitted(model, percent, data, positions): reconstruct(model, refine(model, percent, data, F.cross_entropy), data, layers='*', positions=positions)  # chosen with labels
+
+
+METHODS = {'global magnitude': masked, '+ recalibrate': recalibrated, '+ reconstruct': fitted, 'refine, reconstruct': refitted, 'sparsegpt': gpt, 'obc, 4 rounds': surgeon}
 HEADERS = ['network', 'asked %', 'method', 'delivered %', 'accuracy % (mean ± sd)', 'minus dense', 'seconds']
 
 
 def calibration(folder, seed):
-    "1,024 training images, others for each seed, in batches of 128"
-    x, _ = cifar.images(folder, 1 + seed % 5)
+    "1,024 training images, others for each seed, in batches of 128; the labels are for `refine` alone"
+    x, y = cifar.images(folder, 1 + seed % 5)
     at = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:SAMPLES]
-    return list(cifar.normalised(x[at]).split(BATCH))
+    return list(zip(cifar.normalised(x[at]).split(BATCH), y[at].split(BATCH)))
 
 
 def measure(folder, net, percent, make, data, test, positions):
@@ -55,7 +58,7 @@ def main():
     parser.add_argument('--nets', nargs='+', default=['resnet56', 'resnet20'])
     parser.add_argument('--percents', nargs='+', type=float, default=[50, 70, 80, 90])
     parser.add_argument('--methods', nargs='+', default=list(METHODS), choices=list(METHODS))
-    parser.add_argument('--positions', type=int, default=64, help='of each image that a layer is fitted on')
+    parser.add_argument('--positions', type=int, default=128, help='of each image that a layer is fitted on')
     parser.add_argument('--images', type=int, default=10000, help='test images')
     parser.add_argument('--held-out', action='store_true', help='judge on training images that calibrate nothing, to choose between methods')
     args = parser.parse_args()
@@ -74,8 +77,8 @@ def main():
                     note(f'reconstruct: {net}, {percent:g} %, {name}, seed {seed}: {got[-1]}')
                 scores, zeros, seconds = zip(*got)
                 lines.append([net, f'{percent:g}', name, f'{statistics.mean(zeros):.2f}', mean_sd(scores), f'{statistics.mean(scores) - dense:+.2f}', f'{statistics.median(seconds):.0f}'])
-    print(f'''## Without retraining\n\n{__doc__}\n\nAll convolutions of the network (the last linear layer is fitted, but keeps all of its weights), {sum(map(len, data[0]))} training images to calibrate on, {args.positions} positions of each to
-fit on, no labels; {args.seeds} seed(s), each with other images. Judged on {len(test[1])} {'training images that calibrated nothing' if args.held_out else 'test images'}. Each layer has the share of weights
+    print(f'''## Without retraining\n\n{__doc__}\n\nAll convolutions of the network (the last linear layer is fitted, but keeps all of its weights), {sum(len(x) for x, _ in data[0])} training images to calibrate on, {args.positions} positions of each to
+fit on, no labels (but for `refine`); {args.seeds} seed(s), each with other images. Judged on {len(test[1])} {'training images that calibrated nothing' if args.held_out else 'test images'}. Each layer has the share of weights
 that one global ranking by magnitude leaves it.\n''')
     print(table(HEADERS, lines))
 
