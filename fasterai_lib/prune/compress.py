@@ -7,8 +7,6 @@ __all__ = ['compress', 'Compression']
 
 # %% ../../nbs/prune/compress.ipynb #ea4f421e
 import copy
-import json
-import random
 import time
 from itertools import islice
 from pathlib import Path
@@ -20,8 +18,6 @@ import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.basics import patch
-from fastcore.foundation import L
-from safetensors.torch import load_model, save_model
 from torch import nn
 from tqdm import tqdm
 
@@ -35,7 +31,8 @@ from ..core.objective import Objective, as_objectives
 from ..core.running import batches
 from ..core.schedule import Schedule, as_schedule
 from .budget import Budget, MaskBudget, measure
-from .plan import Undo, _record, save_pruned, sources
+from .checkpoint import Checkpoints, Snapshot
+from .plan import sources
 from .prune_callback import _examples, _plain
 from .pruner import Pruner
 from .sensitivity import _digest, less_is_better
@@ -60,97 +57,7 @@ class _KeepBest(Callback): # the weights of the best epoch of a fit
 def _evaluate(learn): # metric name to its value on the validation set
     with learn.no_bar(), learn.no_logging(): return dict(zip(['valid_loss', *(m.name for m in learn.metrics)], map(float, learn.validate())))
 
-class _Snapshot: # to go back to where a step began
-    def __init__(self, model, maker, opt=None): # its optimizer
-        self.undo, self.maker = Undo(), maker
-        for t in sources(model).values(): self.undo.tensors[id(t)] = t, t.data.clone(), None
-        for m in model.modules(): self.undo.module(m)
-        self.opt, self.state = opt, None if opt is None else copy.deepcopy(opt.state_dict())
-        self.kept = (maker.graph.alive, dict(maker.prover.bindings), dict(maker.refs)) if isinstance(maker, Pruner) else (maker.masks, dict(maker.refs))
-    def restore(self):
-        self.undo.restore()
-        if self.opt is not None: self.opt.load_state_dict(self.state)
-        if isinstance(self.maker, Pruner): self.maker.graph.alive, self.maker.prover.bindings, self.maker.refs = self.kept
-        else: self.maker.masks, self.maker.refs = self.kept
-
 # %% ../../nbs/prune/compress.ipynb #f02d3776
-def _random_state(learn): # of everything that draws
-    version, ints, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], python=(version, torch.tensor(ints, dtype=torch.long), gauss), numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest),
-                loaders=[(v, torch.tensor(i, dtype=torch.long), g) for dl in learn.dls.loaders if isinstance(getattr(dl, 'rng', None), random.Random) for v, i, g in [dl.rng.getstate()]])
-
-def _set_random_state(learn, s):
-    torch.set_rng_state(s['torch'])
-    if s['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(s['cuda'])
-    python = lambda v, ints, g: (v, tuple(ints.tolist()), g)
-    random.setstate(python(*s['python']))
-    np.random.set_state((s['numpy'][0], s['numpy'][1].numpy().astype(np.uint32), *s['numpy'][2:]))
-    for dl, state in zip([dl for dl in learn.dls.loaders if isinstance(getattr(dl, 'rng', None), random.Random)], s['loaders']): dl.rng.setstate(python(*state))
-
-def _simple(x): # of what may be read back safely: fastai has lists and tensors of its own, and keeps NumPy's numbers
-    if isinstance(x, dict): return {k: _simple(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple, L)): return [_simple(v) for v in x]
-    return x.item() if isinstance(x, np.generic) else x.as_subclass(torch.Tensor).contiguous() if isinstance(x, torch.Tensor) else x
-
-class _Folder: # of a run: settings.json, log.json, and step_N.safetensors with step_N.state
-    def __init__(self, path, settings):
-        self.path, self.settings = Path(path), settings
-        known = self.path/'settings.json'
-        if known.exists():
-            was = self._json(known)
-            if odd := [k for k in {**was, **settings} if was.get(k) != settings.get(k)]:
-                raise ValueError(f"{self.path} holds another run: {', '.join(f'{k} was {was.get(k)!r} there and is {settings.get(k)!r} here' for k in odd)}. Use another path, or remove it")
-
-    def _json(self, path):
-        try: found = json.loads(path.read_text())
-        except (ValueError, OSError) as e: raise ValueError(f"{path}: not of a run of compress, or damaged ({e}). Use another path, or remove it") from None
-        if not isinstance(found, dict): raise ValueError(f"{path}: not of a run of compress, or damaged. Use another path, or remove it")
-        return found
-
-    def _write(self, path, text): # all of it or nothing
-        part = path.with_name(path.name + '.part')
-        part.write_text(text)
-        part.replace(path)
-
-    def read(self): # what was done so far
-        log = self.path/'log.json'
-        if not log.exists(): return None
-        if lost := {'dense', 'log', 'done', 'left', 'stopped', 'step'} - (found := self._json(log)).keys(): raise ValueError(f"{log}: not of a run of compress, or damaged ({', '.join(sorted(lost))} missing). Use another path, or remove it")
-        return found
-
-    def save(self, run, step): # the log last: before that, the step is not done
-        model, last = run.model, self.path/f'step_{step}.state'
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._write(self.path/'settings.json', json.dumps(self.settings, indent=1))
-        if model.__dict__.get(_record): save_pruned(model, self.path/f'step_{step}.safetensors')
-        else: save_model(model, str(self.path/f'step_{step}.safetensors'))
-        torch.save(dict(random=_random_state(run.learn), opt=None if run.learn.opt is None else _simple(run.learn.opt.state_dict()), refs=_simple(run.maker.refs),
-                        kept=torch.from_numpy(run.maker.graph.alive) if run.remove else None, pins=[(torch.from_numpy(l), r) for l, r in run.maker.graph.pins] if run.remove else None), last)
-        if not run.remove: run.maker.masks.save(self.path/f'step_{step}.masks')
-        self._write(self.path/'log.json', json.dumps(dict(run.state, step=step)))
-        for old in self.path.glob('step_*.*'):
-            if old.suffix in ('.state', '.masks') and old.stem != last.stem: old.unlink()
-
-    def load(self, run, step):
-        before, opt = _Snapshot(run.model, run.maker), run.learn.opt
-        try:
-            state = torch.load(self.path/f'step_{step}.state', map_location='cpu', weights_only=True)
-            run.resume(state, self.path/f'step_{step}.masks')
-            load_model(run.model, str(self.path/f'step_{step}.safetensors'))
-            run.maker.refs = {n: r.to(next(run.model.parameters()).device) for n, r in state['refs'].items()}
-            run.learn.opt = None # made anew, for the model as it is now
-            if state['opt'] is not None:
-                run.learn.create_opt()
-                run.learn.opt.load_state_dict(state['opt'])
-            _set_random_state(run.learn, state['random'])
-        except BaseException as e:
-            before.restore()
-            run.learn.opt = opt
-            if not isinstance(e, Exception): raise
-            raise ValueError(f"{self.path}: step {step} cannot be read ({type(e).__name__}: {e}). Use another path, or remove it") from e
-
-# %% ../../nbs/prune/compress.ipynb #95f78814
 class Compression:
     "A run of `compress`: what was asked, and what came of each step"
     def __init__(self, learn, objective, criteria, context, schedule, steps, fine_tune, remove, granularity, layer_type, example_inputs, n_batches, keep_best, retries, path, how):
@@ -172,7 +79,7 @@ class Compression:
         settings = dict(objective=[o.text for o in self.objectives], criteria=str(self.maker.criteria), context=f'{self.maker.context.name} {self.maker.context.options or ""}'.strip(), schedule=f'{self.schedule.name} {self.schedule.kwargs or ""}'.strip(), steps=self.steps,
                         fine_tune=getattr(fine_tune, '__qualname__', repr(fine_tune)), remove=remove, n_batches=n_batches, keep_best=keep_best, retries=retries, **{k: repr(v) for k, v in sorted(given.items())},
                         **({} if remove else dict(granularity=repr(granularity), layer_type=repr(layer_type))), model=_digest(self.model.state_dict())[:16])
-        self.folder = None if path is None else _Folder(path, settings)
+        self.folder = None if path is None else Checkpoints(path, settings)
         found = self.folder and self.folder.read()
         dense = found['dense']['metrics'] if found else _evaluate(learn)
         for o in self.floors:
@@ -273,7 +180,7 @@ class Compression:
     def _steps(self, bar):
         s = self.state
         while s['left']:
-            share, before = s['left'][0], _Snapshot(self.model, self.maker, self.learn.opt) if self.floors else None
+            share, before = s['left'][0], Snapshot(self.model, self.maker, self.learn.opt) if self.floors else None
             row = self.step(share)
             broken = [o for o in self.floors if not o.met(row[o.name], self.dense['metrics'][o.name])]
             row['kept'] = not broken
