@@ -205,7 +205,7 @@ def compress(
     learn: Learner, # Whose model is to become smaller, in place
     objective: 'str | list | dict | Objective', # `'2x latency'`, `'3 MB'`, `['50% macs', 'accuracy >= dense - 1']`: costs, and floors of metrics
     criteria: 'str | Criteria' = 'taylor', # Which units go first
-    context: 'str | Context' = 'knapsack', # How much where: `'local'`, `'global'`, or a name in `allocators`
+    context: 'str | Context' = 'knapsack', # How much where: `'local'`, `'global'`, a name in `allocators`, or a `Context` with options for one
     schedule: 'str | Schedule' = 'agp', # How the way is shared out over the steps: its shape, not its start and end
     steps: int = 5, # How often something is removed
     fine_tune: 'int | Callable' = 1, # Epochs of `learn.fit` after each removal; or a function of the Learner that trains it
