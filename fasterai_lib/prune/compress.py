@@ -198,7 +198,7 @@ class Compression:
             if self.folder: self.folder.save(self, len(s['log']))
             bar.total = len(s['log']) + len(s['left'])
             bar.update()
-            bar.set_postfix({g.name: g.show(row[g.name]) for g in self.budget.goals} | {n: f'{row[n]:.4g}' for n in self.dense['metrics']})
+            bar.set_postfix({g.name: g.show(row[g.name]) for g in self.budget.goals} | {n: f'{row[n]:.4g}' for n in self.dense['metrics']}, refresh=False)
 
 # %% ../../nbs/prune/compress.ipynb #c45dfabc
 def compress(
