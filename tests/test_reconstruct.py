@@ -425,7 +425,11 @@ def test_a_shortcut_that_is_not_known_yet_is_left_alone():
     for m, on in ((net, True), (apart, False)): reconstruct(m, masks, x, shortcuts=on)
     assert same(net, apart)
 
-@pytest.mark.parametrize('how', [lambda y, x: torch.add(y, x, alpha=2), lambda y, x: y*x, lambda y, x: y + x[:, :1]])
+def without_first(y, x):
+    y[:, 0] = 0
+    return y + x
+
+@pytest.mark.parametrize('how', [lambda y, x: torch.add(y, x, alpha=2), lambda y, x: y*x, lambda y, x: y + x[:, :1], lambda y, x: y.relu() + x, lambda y, x: y.relu_() + x, lambda y, x: F.relu(y, inplace=True) + x, without_first])
 def test_only_plain_sums_count(how):
     torch.manual_seed(0)
     net, x = Around(how).double().eval(), data(3, 8, 8, n=40)

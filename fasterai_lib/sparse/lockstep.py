@@ -56,13 +56,14 @@ class _Sums:
                 if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a in self.of and a.shape == b.shape and self.made.get(b, call) < self.of[a][1]:
                     name, _, mean = self.of[a]
                     self.found[name] = None if name in self.found else (self.made[b], mean) # twice: which of them?
+        of = self.of.get(first) if isinstance(first, torch.Tensor) else None
+        for t in (out, first if func.__name__ == '__setitem__' else None): # changed in place
+            if isinstance(t, torch.Tensor): self.of.pop(t, None)
         if not isinstance(out, torch.Tensor): return
         self.made[out] = call
         if func in _layers and id(second) in self.names: self.of[out] = self.names[id(second)], call, None
-        elif isinstance(first, torch.Tensor) and first in self.of:
-            name, at, mean = self.of[first]
-            if func in _mean_at and mean is None: self.of[out] = name, at, id(kwargs['running_mean'] if 'running_mean' in kwargs else args[_mean_at[func]])
-            elif func in (F.dropout, torch.dropout): self.of[out] = self.of[first] # in eval mode
+        elif of and func in _mean_at and of[2] is None: self.of[out] = *of[:2], id(kwargs['running_mean'] if 'running_mean' in kwargs else args[_mean_at[func]])
+        elif of and func in (F.dropout, torch.dropout): self.of[out] = of # in eval mode
 
 class Run:
     "One batch on its way through a model, from layer to layer"
