@@ -153,10 +153,12 @@ def filters():
 def oneshot(args, rows):
     print('## Criteria: one-shot\n')
     if not (args.data/'cifar10').is_dir() or not (args.data/'cifar10_resnets').is_dir(): return print('*Left out: CIFAR-10 and its ResNets are not there (`criteria.py PATH`).*\n')
-    x, y = cifar.images(args.data, 1)
-    data = list(zip(cifar.normalised(x[:CALIBRATE]).split(BATCH), y[:CALIBRATE].split(BATCH)))
+    x, y = cifar.images(args.data, 1 + args.calibration % 4)  # the fifth batch is for choosing
+    at = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.calibration))[:CALIBRATE] if args.calibration else torch.arange(CALIBRATE)
+    data = list(zip(cifar.normalised(x[at]).split(BATCH), y[at].split(BATCH)))
+    torch.manual_seed(args.calibration)
     test = tuple(t[:args.test] for t in cifar.images(args.data, 5 if args.select else 'test'))
-    where = f'{len(test[1]):,} {"held-out training" if args.select else "test"} images'
+    where = f'{len(test[1]):,} {"held-out training" if args.select else "test"} images{f", calibration {args.calibration}" if args.calibration else ""}'
     for label in args.models:
         dense = cifar.trained(args.data, label)
         base = rows([label, where, 'dense'], lambda: [cifar.accuracy(dense, *test)])[0]
@@ -293,6 +295,7 @@ def main():
     parser.add_argument('--only', default='', help='criteria, joined by |')
     parser.add_argument('--test', type=int, default=10000, help='images to judge on')
     parser.add_argument('--select', action='store_true', help='judge on the last training images, which nothing here has been calibrated on: for choosing')
+    parser.add_argument('--calibration', type=int, default=0, help='which 1,024 training images: 0 takes the first, others draw with this seed')
     parser.add_argument('--no-plain', dest='plain', action='store_false', help='only with BatchNorm statistics measured again')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--epochs', type=int, help='at initialisation')
