@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from fasterai_lib.core import allocators
 from fasterai_lib.core.criteria import Criteria
 from fasterai_lib.prune.pruner import Pruner
-from fasterai_lib.prune.sensitivity import Sensitivity, sensitivity_analysis
+from fasterai_lib.prune.sensitivity import less_is_better, Sensitivity, sensitivity_analysis
 from fasterai_lib.sparse.sparsifier import Sparsifier
 
 matplotlib.use('Agg')
@@ -409,3 +409,7 @@ def test_learners_that_cannot():
     learn = learner()
     learn.recorder.valid_metrics = False
     with pytest.raises(ValueError, match='valid_metrics=True'): learn.sensitivity()
+
+
+@pytest.mark.parametrize('name, less', [('wer', True), ('val_wer', True), ('WER', True), ('answer_accuracy', False), ('power', False), ('accuracy', False), ('valid_loss', True), ('error_rate', True), ('_rmse', True)])
+def test_which_metrics_fall(name, less): assert less_is_better(name) is less

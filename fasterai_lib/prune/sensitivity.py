@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 from itertools import islice
 from numbers import Real
 from typing import Callable
@@ -38,12 +39,12 @@ from .pruner import Pruner, _Scores
 from ..sparse.sparsifier import Sparsifier, _whole, as_percent
 
 # %% ../../nbs/prune/sensitivity.ipynb #78a56cd0
-_less, _columns = ('loss', 'error', 'mse', 'mae', 'msle', 'rmspe', 'perplexity', 'wer'), ('layer', 'asked', 'delivered', 'weights', 'zeroed')
+_less, _columns = ('loss', 'error', 'mse', 'mae', 'msle', 'rmspe', 'perplexity'), ('layer', 'asked', 'delivered', 'weights', 'zeroed')
 
 def less_is_better(metric: str # Name of a metric
     ) -> bool:
     "Does the name say that less of it is better?"
-    return any(w in metric.lower() for w in _less)
+    return any(w in metric.lower() for w in _less) or 'wer' in re.split('[^a-z]+', metric.lower()) # a word of its own: answers are no word error rate
 
 class Sensitivity:
     "What was measured, layer by layer"

@@ -24,6 +24,8 @@ class _Closed(BaseException): "Unwinds a run for which nobody waits any more"
 _mean_at = {F.batch_norm: 1, torch.batch_norm: 3} # position of the running mean among the arguments
 _adds = {'add', 'add_', '__add__', '__radd__', '__iadd__'}
 
+def _running_mean(func, args, kwargs): return kwargs['running_mean'] if 'running_mean' in kwargs else args[_mean_at[func]] if len(args) > _mean_at[func] else None
+
 class _Elsewhere(TorchFunctionMode):
     def __init__(self, run):
         super().__init__()
@@ -32,15 +34,13 @@ class _Elsewhere(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         run, kwargs = self.run, kwargs or {}
         if func in _mean_at:
-            mean = kwargs['running_mean'] if 'running_mean' in kwargs else args[_mean_at[func]] if len(args) > _mean_at[func] else None
-            if (name := run.norms.get(id(mean))) is not None: run.stop(name, args[0] if args else kwargs['input'])
-        if func.__name__ in _peeks: return func(*(run.swap(tuple(args)) if run.values else args), **(run.swap(kwargs) if run.values else kwargs))
-        run.calls += 1
-        call = run.calls, func, args, kwargs
+            if (name := run.norms.get(id(_running_mean(func, args, kwargs)))) is not None: run.stop(name, args[0] if args else kwargs['input'])
         if run.values: args, kwargs = run.swap(tuple(args)), run.swap(kwargs)
-        out = run.ask(func, args, kwargs)
-        if run.sums is not None: run.sums.add(*call, out)
-        for name in run.wanted.get(call[0], ()): run.made[name] = out
+        if func.__name__ in _peeks: return func(*args, **kwargs)
+        run.calls += 1
+        call, out = run.calls, run.ask(func, args, kwargs)
+        if run.sums is not None: run.sums.add(call, func, args, kwargs, out)
+        for name in run.wanted.get(call, ()): run.made[name] = out
         return out
 
 class _Sums:
@@ -62,7 +62,7 @@ class _Sums:
         if not isinstance(out, torch.Tensor): return
         self.made[out] = call
         if func in _layers and id(second) in self.names: self.of[out] = self.names[id(second)], call, None
-        elif of and func in _mean_at and of[2] is None: self.of[out] = *of[:2], id(kwargs['running_mean'] if 'running_mean' in kwargs else args[_mean_at[func]])
+        elif of and func in _mean_at and of[2] is None: self.of[out] = *of[:2], id(_running_mean(func, args, kwargs))
         elif of and func in (F.dropout, torch.dropout): self.of[out] = of # in eval mode
 
 class Run:
