@@ -74,4 +74,4 @@ def shifted(x, generator):
 def accuracy(model, x, y):
     "% right"
     model.eval()
-    return 100*sum(int((model(normalised(a)).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500)))/len(y)
+    return 100*sum(int((model(normalised(a)).argmax(1) == b).sum()) for a, b in zip(x.split(50), y.split(50)))/len(y)

@@ -91,12 +91,15 @@ def from_name(text): # 'wanda, per_row': a criterion and a context
 
 def made_criteria():
     "Normalised and mixed ones that are no more than a line"
+    from fasterai_lib.core.attribution import attribute
     from fasterai_lib.core import data_criteria  # registers them
     from fasterai_lib.core.criteria import Criteria, criteria
-    return {'wanda / layer': Criteria(**like(criteria['wanda']), normalizer='mean'), 'obd / layer': Criteria(**like(criteria['obd']), normalizer='mean')}
+    few = lambda model, layer, data, loss: attribute(model, layer, data[:2], loss, exact=0, permutations=4, tolerance=0)  # a run of the net's rest for each sample, order and unit
+    shapley = Criteria(**like(criteria['shapley'], gather=few))
+    return {'wanda / layer': Criteria(**like(criteria['wanda']), normalizer='mean'), 'obd / layer': Criteria(**like(criteria['obd']), normalizer='mean'), f'shapley, 4 orders of {2*BATCH} images': shapley}
 
 
-def like(c): return dict(f=c.f, needs=c.needs, gather=c.gather, output_fn=c.output_fn, return_init=c.return_init, per_sample=c.per_sample, reducer='mean')
+def like(c, **changed): return dict(f=c.f, needs=c.needs, gather=c.gather, output_fn=c.output_fn, return_init=c.return_init, per_sample=c.per_sample, reducer='mean') | changed
 
 
 WEIGHTS = ['large_final', 'large_final, local', 'layer_magnitude', 'lamp', 'random', 'gradient', 'taylor', 'taylor_signed', 'sensitivity', 'fisher', 'obd', 'grasp', 'synflow', 'wanda',
@@ -115,14 +118,14 @@ def unstructured():
 
 # ------------------------------------------------------------------------------------------------------ one-shot, filters
 
-FILTERS = ['large_final', 'l1', 'l2', 'fpgm', 'random', 'gradient', 'taylor', 'taylor_signed', 'sensitivity', 'fisher', 'obd', 'grasp', 'synflow', 'apoz', 'mean_activation', 'hrank', 'wanda', 'bn_scale']
+FILTERS = ['large_final', 'l1', 'l2', 'fpgm', 'random', 'gradient', 'taylor', 'taylor_signed', 'sensitivity', 'fisher', 'obd', 'grasp', 'synflow', 'apoz', 'mean_activation', 'hrank', 'wanda', 'bn_scale', f'shapley, 4 orders of {2*BATCH} images']
 
 
 def removed(dense, data, criteria):
     from fasterai_lib.prune.pruner import Pruner
     def at(percent):
         model = copy.deepcopy(dense)
-        Pruner(model, EXAMPLE, criteria, ignored=stream(model), data=data, loss=F.cross_entropy).prune_model(percent)
+        Pruner(model, EXAMPLE, made_criteria().get(criteria, criteria), ignored=stream(model), data=data, loss=F.cross_entropy).prune_model(percent)
         return model
     return at
 
@@ -259,14 +262,16 @@ def cost(args, rows):
             F.cross_entropy(net(x), y).backward()
             net.zero_grad()
     def work(c):
+        if c.needs == 'attribution': return lambda: collect(c, net, {'layer2.1.conv1.weight': net.layer2[1].conv1.weight}, data, F.cross_entropy)
         if not c.needs_data or c.rounds > 1: return lambda: Sparsifier(net, 'filter' if c.between else 'weight', 'global', c, data=data).plan(80)
         return lambda: collect(c, net, params, data, F.cross_entropy)
     jobs = {'forward and backward': base} | {k: work(c) for k, c in criteria.items() if c.needs_data or k in ('large_final', 'lamp', 'fpgm')}
 
-    def measure(f):
-        f() # kernels and caches
+    def measure(name, f):
+        if long := name == 'shapley': note('criteria: shapley takes minutes: once, without a warm-up')
+        else: f() # kernels and caches
         seconds = []
-        for _ in range(1 if args.quick else args.repeats):
+        for _ in range(1 if args.quick or long else args.repeats):
             settle()
             before, start = status('VmRSS'), time.process_time()
             Path('/proc/self/clear_refs').write_text('5') # forget the peak so far
@@ -275,12 +280,12 @@ def cost(args, rows):
             peak = (status('VmHWM') - before)*1024
         return [seconds, peak]
     weights, lines = sum(p.nbytes for p in params.values()), []
-    got = {name: rows(['cost', n, name], lambda: measure(f)) for name, f in jobs.items()}
+    got = {name: rows(['cost', n, name], lambda: measure(name, f)) for name, f in jobs.items()}
     whole = statistics.median(got['forward and backward'][0])
     for name, (seconds, peak) in got.items():
         lines.append([name, f'{statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f})', f'{statistics.median(seconds)/whole:.2f}', f'{peak/1e6:.0f}'])
     print(f'ResNet-20 ({weights/1e6:.1f} MB of convolution weights), {n} images of 32x32 in batches of 64: CPU seconds of the process (median, min-max), beside one forward and backward pass of the '
-          f'same batches; MB above the resident size before, at the peak. Criteria of the weights alone, and SynFlow with its 100 rounds: deciding 80 % too.\n')
+          f'same batches; MB above the resident size before, at the peak. Criteria of the weights alone, and SynFlow with its 100 rounds: deciding 80 % too. Shapley: one layer of 32 units in the middle, once.\n')
     print(table(['criterion', 'CPU s', 'x pass', 'peak MB'], lines))
 
 

@@ -1333,6 +1333,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fasterai_lib/prune/pruner.py'),
                                            'fasterai_lib.prune.pruner.Pruner._allocate': ( 'prune/pruner.html#pruner._allocate',
                                                                                            'fasterai_lib/prune/pruner.py'),
+                                           'fasterai_lib.prune.pruner.Pruner._go_round': ( 'prune/pruner.html#pruner._go_round',
+                                                                                           'fasterai_lib/prune/pruner.py'),
                                            'fasterai_lib.prune.pruner.Pruner._prepare': ( 'prune/pruner.html#pruner._prepare',
                                                                                           'fasterai_lib/prune/pruner.py'),
                                            'fasterai_lib.prune.pruner.Pruner._share_out': ( 'prune/pruner.html#pruner._share_out',

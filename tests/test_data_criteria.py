@@ -412,6 +412,44 @@ def test_synflow_is_the_reference_and_never_empties_a_layer():
     assert min(left['large_final'].values()) == 0, left
     assert min(left['synflow'].values()) > 0 and flow(net, x)['0.weight'].any(), left # and a path through all of them
 
+def by_hand(net, x, percent, rounds): # hidden units of a plain chain that are left: each round, the least flow goes
+    left = [np.ones(m.out_features, bool) for m in net if isinstance(m, nn.Linear)][:-1]
+    for k in range(1, rounds + 1):
+        now = copy.deepcopy(net)
+        hidden = [m for m in now if isinstance(m, nn.Linear)]
+        for m, after, alive in zip(hidden, hidden[1:], left): m.weight.data[~alive], after.weight.data[:, ~alive] = 0, 0
+        s = [np.abs(v*g) for v, g in zip(arrays(params(now)).values(), flow(now, x).values())]
+        gone = [math.floor(len(u)*(1 - (1 - percent/100)**(k/rounds)) + .5) for u in left]
+        left = [~np.isin(np.arange(len(u)), np.where(u, a.sum(1) + b.sum(0), -1).argsort(kind='stable')[:n]) for u, n, a, b in zip(left, gone, s, s[1:])]
+    return left
+
+def test_a_pruner_goes_round_as_often_as_synflow_wants():
+    differ = 0
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net, x = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(2, 6)
+        state, p = whole_state(net), Pruner(net, x, 'synflow')
+        plan = p.plan(75)
+        assert whole_state(net) == state
+        want, once = by_hand(net, x, 75, 100), by_hand(net, x, 75, 1)
+        got = [plan.masks[f'{i}.bias'].keep.flatten().numpy() for i in (0, 2, 4)]
+        assert all((a == b).all() for a, b in zip(got, want)), seed
+        differ += any((a != b).any() for a, b in zip(once, want))
+        p.prune_model(40)
+        p.prune_model(75) # goes on from what is gone
+        assert [net[i].out_features for i in (0, 2, 4)] == [4, 4, 4]
+    assert differ
+
+@pytest.mark.parametrize('context', ['local', 'global', 'lamp'])
+def test_rounds_go_with_limits_and_contexts(context):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(2, 6)
+    table = Pruner(net, x, 'synflow', context, min_sparsity={'0': 30}, max_sparsity=75).plan(50).table()
+    gone = dict(zip(table.layer, table['removed %']))
+    assert 30 <= gone['0'] <= 75 and 0 <= gone['2'] <= 75, gone
+    weights = Sparsifier(net, 'weight', context, 'synflow', layer_type=nn.Linear, min_sparsity={'0': 30}, max_sparsity=75, data=x)
+    assert abs(weights.plan(50).sparsity - 50) < 1
+
 def test_synflow_looks_at_one_batch_only():
     net, x, y = chain()
     calls = []

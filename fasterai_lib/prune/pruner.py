@@ -22,6 +22,7 @@ from ..core.granularity import suggest
 from ..core.selection import Scored
 from ..sparse.sparsifier import _whole, as_limits, as_percent, limit_of
 from .budget import Budget, is_objective
+from .compare import masked
 from .graph import trace
 from .optimizer import _sliced
 from .plan import Plan, _times
@@ -160,8 +161,8 @@ class Pruner:
         if len(sparsity) != len(names): raise ValueError(f"sparsity: got {len(sparsity)} values for {len(names)} groups of units: {', '.join(names)}")
         return {n: as_percent(v, f'sparsity of {n!r}') for n, v in zip(names, sparsity)}
 
-    def decide(self, sparsity): # one boolean per atom
-        targets, alive = self.targets(sparsity), self.graph.alive.copy()
+    def decide(self, targets): # one boolean per atom
+        alive = self.graph.alive.copy()
         groups = {g.name: g for g in self.groups if g.name in targets}
         if any(s == 100 for s in targets.values()): raise ValueError("100 % leaves nothing of a layer; to remove a whole one use remove_layer or remove_blocks")
         if self.context.allocator or self.context.shared and any(self.limits(g)[0] for g in groups.values()): return self._share_out(groups, next(iter(targets.values())), alive)
@@ -212,13 +213,23 @@ class Pruner:
         if self.check: return self.prover.prove(alive)
         self.prover.guess(alive)
 
+    def _go_round(self, targets): # in several rounds, where the criterion wants it: what is zero in one changes the statistics of the next
+        n, left = self.criteria.rounds, {g.name: (min(g.n, self.most(g))*g.size, len(g.roots)*g.size) for g in self.groups if g.name in targets}
+        share = lambda of: 100*(1 - sum(a for a, _ in of)/sum(b for _, b in of)) # in percent, that is gone now, or goes at least
+        before = dict.fromkeys(left, share(left.values())) if self.context.shared else {k: share([v]) for k, v in left.items()}
+        for k in range(1, n):
+            alive = self.decide({g: 100 - (100 - b)*((100 - targets[g])/(100 - b))**(k/n) if targets[g] > (b := before[g]) else targets[g] for g in targets})
+            with masked(self.model, self.graph.to_plan(alive)): self.collect()
+
     def _prepare(self, sparsity): # decide, and find out how to make it run
         if self.criteria.needs_data and (self.data is not None or not self.refs): self.collect()
+        targets = None if is_objective(sparsity) else self.targets(sparsity)
+        if targets and self.criteria.needs_data and self.data is not None: self._go_round(targets)
         if is_objective(sparsity):
             if self.budget is None or self.budget.asked != sparsity: self.budget = Budget(self, sparsity, self.budget and self.budget.dense, self.budget and self.budget.reference)
             return self.budget.reach()
         for _ in range(60):
-            alive = self.decide(sparsity)
+            alive = self.decide(self.targets(sparsity))
             if (blame := self.proof(alive)) is None: return alive
             self.graph.pin(*blame)
         raise ValueError(f"no removal of {sparsity} % found that runs; the last reason: {blame[1][0]}")
