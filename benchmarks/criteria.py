@@ -123,9 +123,16 @@ FILTERS = ['large_final', 'l1', 'l2', 'fpgm', 'random', 'gradient', 'taylor', 't
 
 def removed(dense, data, criteria):
     from fasterai_lib.prune.pruner import Pruner
+    refs = []
     def at(percent):
         model = copy.deepcopy(dense)
-        Pruner(model, EXAMPLE, made_criteria().get(criteria, criteria), ignored=stream(model), data=data, loss=F.cross_entropy).prune_model(percent)
+        p = Pruner(model, EXAMPLE, made_criteria().get(criteria, criteria), ignored=stream(model), data=data, loss=F.cross_entropy)
+        if p.criteria.needs_data and p.criteria.rounds == 1:
+            if not refs:
+                p.collect()
+                refs.append(p.refs)
+            p.data, p.refs = None, refs[0]  # what was gathered serves every percentage
+        p.prune_model(percent)
         return model
     return at
 

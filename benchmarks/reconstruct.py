@@ -32,15 +32,25 @@ def twice(model, percent, data, positions):  # first to twice as many weights as
         if p > 0: refitted(model, p, data, positions)
 
 
-METHODS = {'global magnitude': masked, '+ recalibrate': recalibrated, '+ reconstruct': fitted, 'refine, reconstruct': refitted, 'the same in two steps': twice, 'sparsegpt': gpt, 'obc, 4 rounds': surgeon}
+def in_steps(model, percent, data, positions, n=4):  # each removes the same share of what is left, and all are fitted to the dense model
+    dense, sparse = copy.deepcopy(model), model
+    for k in range(1, n + 1):
+        masks = refine(sparse, 100 - 100*(1 - percent/100)**(k/n), data, F.cross_entropy)
+        sparse.load_state_dict(dense.state_dict())
+        reconstruct(sparse, masks, data, layers='*', positions=positions)
+
+
+METHODS = {'global magnitude': masked, '+ recalibrate': recalibrated, '+ reconstruct': fitted, 'refine, reconstruct': refitted, 'the same in two steps': twice, 'in four steps': in_steps, 'sparsegpt': gpt, 'obc, 4 rounds': surgeon}
 HEADERS = ['network', 'asked %', 'method', 'delivered %', 'accuracy % (mean ± sd)', 'minus dense', 'seconds']
 
 
-def calibration(folder, seed):
+def calibration(folder, seed, copies=1):
     "1,024 training images, others for each seed, in batches of 128; the labels are for `refine` alone"
-    x, y = cifar.images(folder, 1 + seed % 5)
-    at = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:SAMPLES]
-    return list(zip(cifar.normalised(x[at]).split(BATCH), y[at].split(BATCH)))
+    x, y = cifar.images(folder, 1 + seed % 4)  # the fifth batch is for choosing
+    generator = torch.Generator().manual_seed(seed)
+    at = torch.randperm(len(x), generator=generator)[:SAMPLES]
+    x = torch.cat([x[at], *(cifar.shifted(x[at], generator) for _ in range(copies - 1))])
+    return list(zip(cifar.normalised(x).split(BATCH), y[at].repeat(copies).split(BATCH)))
 
 
 def measure(folder, net, percent, make, data, test, positions):
@@ -63,12 +73,13 @@ def main():
     parser.add_argument('--percents', nargs='+', type=float, default=[50, 70, 80, 90])
     parser.add_argument('--methods', nargs='+', default=list(METHODS), choices=list(METHODS))
     parser.add_argument('--positions', type=int, default=128, help='of each image that a layer is fitted on')
+    parser.add_argument('--copies', type=int, default=1, help='of each calibration image: all but the first flipped by chance and moved by up to 4 pixels, as the nets were trained')
     parser.add_argument('--images', type=int, default=10000, help='test images')
     parser.add_argument('--held-out', action='store_true', help='judge on training images that calibrate nothing, to choose between methods')
     args = parser.parse_args()
     if args.quick: args.nets, args.percents, args.images = ['resnet20'], [80], 256
     test = [t[:args.images] for t in cifar.images(args.data, 5 if args.held_out else 'test')]
-    data = {s: [b for b in calibration(args.data, s)[:2 if args.quick else None]] for s in range(args.seeds)}
+    data = {s: calibration(args.data, s, args.copies)[:2 if args.quick else None] for s in range(args.seeds)}
     lines = []
     for net in args.nets:
         dense = cifar.accuracy(cifar.trained(args.data, net), *test)
@@ -81,7 +92,7 @@ def main():
                     note(f'reconstruct: {net}, {percent:g} %, {name}, seed {seed}: {got[-1]}')
                 scores, zeros, seconds = zip(*got)
                 lines.append([net, f'{percent:g}', name, f'{statistics.mean(zeros):.2f}', mean_sd(scores), f'{statistics.mean(scores) - dense:+.2f}', f'{statistics.median(seconds):.0f}'])
-    print(f'''## Without retraining\n\n{__doc__}\n\nAll convolutions of the network (the last linear layer is fitted, but keeps all of its weights), {sum(len(x) for x, _ in data[0])} training images to calibrate on, {args.positions} positions of each to
+    print(f'''## Without retraining\n\n{__doc__}\n\nAll convolutions of the network (the last linear layer is fitted, but keeps all of its weights), {sum(len(x) for x, _ in data[0])//args.copies} training images to calibrate on{f' ({args.copies} versions of each image, flipped and moved)' if args.copies > 1 else ''}, {args.positions} positions of each to
 fit on, no labels (but for `refine`); {args.seeds} seed(s), each with other images. Judged on {len(test[1])} {'training images that calibrated nothing' if args.held_out else 'test images'}. Each layer has the share of weights
 that one global ranking by magnitude leaves it.\n''')
     print(table(HEADERS, lines))

@@ -222,9 +222,9 @@ class Pruner:
             with masked(self.model, self.graph.to_plan(alive)): self.collect()
 
     def _prepare(self, sparsity): # decide, and find out how to make it run
-        if self.criteria.needs_data and (self.data is not None or not self.refs): self.collect()
-        targets = None if is_objective(sparsity) else self.targets(sparsity)
-        if targets and self.criteria.needs_data and self.data is not None: self._go_round(targets)
+        if self.criteria.needs_data and (self.data is not None or not self.refs):
+            self.collect()
+            if self.criteria.rounds > 1 and not is_objective(sparsity): self._go_round(self.targets(sparsity))
         if is_objective(sparsity):
             if self.budget is None or self.budget.asked != sparsity: self.budget = Budget(self, sparsity, self.budget and self.budget.dense, self.budget and self.budget.reference)
             return self.budget.reach()
