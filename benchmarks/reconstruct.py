@@ -4,7 +4,7 @@ from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
 import cifar
 from common import note, table
-from fasterai_lib.all import Sparsifier, obc, recalibrate, reconstruct, refine, sparsegpt
+from fasterai_lib.all import Sparsifier, obc, recalibrate, reconstruct, reconstruct_in_steps, refine, sparsegpt
 
 DATA = Path(__file__).resolve().parents[1].parent/'shared/data'
 SAMPLES, BATCH = 1024, 128
@@ -26,18 +26,12 @@ def surgeon(model, percent, data, positions): obc(model, {**by_layer(magnitude(m
 
 
 def refitted(model, percent, data, positions): reconstruct(model, refine(model, percent, data, F.cross_entropy), data, layers='*', positions=positions)  # chosen with labels
+def in_steps(model, percent, data, positions): reconstruct_in_steps(model, percent, data, F.cross_entropy, fit=dict(layers='*', positions=positions))
+
 
 def twice(model, percent, data, positions):  # first to twice as many weights as are to stay
     for p in (2*percent - 100, percent):
         if p > 0: refitted(model, p, data, positions)
-
-
-def in_steps(model, percent, data, positions, n=4):  # each removes the same share of what is left, and all are fitted to the dense model
-    dense, sparse = copy.deepcopy(model), model
-    for k in range(1, n + 1):
-        masks = refine(sparse, 100 - 100*(1 - percent/100)**(k/n), data, F.cross_entropy)
-        sparse.load_state_dict(dense.state_dict())
-        reconstruct(sparse, masks, data, layers='*', positions=positions)
 
 
 METHODS = {'global magnitude': masked, '+ recalibrate': recalibrated, '+ reconstruct': fitted, 'refine, reconstruct': refitted, 'the same in two steps': twice, 'in four steps': in_steps, 'sparsegpt': gpt, 'obc, 4 rounds': surgeon}

@@ -46,7 +46,7 @@ from .sparse.prune_cell import PruneCellCallback, PruneCells, attach, detach, ge
 from .sparse.prune_ini import read_ini, write_ini
 from .sparse.recalibrate import recalibrate
 from .sparse.reconstruct import reconstruct
-from .sparse.refine import refine
+from .sparse.refine import reconstruct_in_steps, refine
 from .sparse.regrow import RegrowCallback, erk, exchange
 from .sparse.regularize_callback import LossTermCallback, RegularizeCallback, TidyCallback
 from .sparse.sparsegpt import obc, sparsegpt

@@ -1,4 +1,7 @@
 """Masks chosen again for the pruned network, beside a loop written by hand."""
+import copy
+import warnings
+
 import pytest
 import torch
 from test_properties import rng_state, snapshot
@@ -6,7 +9,8 @@ from test_prune_bad_input import randomised
 from torch import nn
 from torch.nn import functional as F
 
-from fasterai_lib.sparse.refine import refine
+from fasterai_lib.sparse.reconstruct import reconstruct
+from fasterai_lib.sparse.refine import reconstruct_in_steps, refine
 
 def net():
     torch.manual_seed(0)
@@ -63,4 +67,40 @@ def test_after_an_error_the_model_is_as_before():
                               (batches(), nn.CrossEntropyLoss(reduction='none'), 'one number'), ([(torch.randn(2, 3), torch.zeros(2))], nn.CrossEntropyLoss(), '')):
         before = snapshot(model)
         with pytest.raises((ValueError, RuntimeError), match=match or None): refine(model, 50, data, loss)
+        assert snapshot(model) == before
+
+@pytest.mark.parametrize('steps', [1, 3])
+@pytest.mark.parametrize('kwargs', [dict(), dict(granularity='filter', context='local', epochs=1), dict(layer_type=(nn.Conv2d, nn.Linear), exclude='0')])
+def test_in_steps_is_refine_and_reconstruct_by_turns(steps, kwargs):
+    dense, loss = net(), nn.CrossEntropyLoss()
+    got, want = copy.deepcopy(dense), copy.deepcopy(dense)
+    masks = reconstruct_in_steps(got, 70, batches(), loss, steps, dict(layers='*'), **kwargs)
+    for percent in ([70] if steps == 1 else [100*(1 - .3**(1/3)), 100*(1 - .3**(2/3)), 70]):
+        chosen = refine(want, percent, batches(), loss, **kwargs)
+        want = copy.deepcopy(dense) # what is fitted is the dense network
+        reconstruct(want, chosen, batches(), layers='*')
+    assert snapshot(got) == snapshot(want) and masks.held(got)
+    assert all((masks.masks[n].keep == m.keep).all() for n, m in chosen.masks.items())
+    assert masks.sparsity == refine(dense, 70, batches(), loss, **kwargs).sparsity
+
+def test_steps_take_what_a_sparsifier_takes():
+    loss = nn.CrossEntropyLoss()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error') # a small step is no share that somebody took for a percentage
+        for asked, want in (({'0': 50, '3': 2}, [18, 212]), ([50, 25], [18, 162]), ({'3': 0}, [None, 216])):
+            masks = reconstruct_in_steps(net(), asked, batches(), loss, context='local')
+            assert [int(masks.masks[n].keep.sum()) if n in masks.masks else None for n in ('0.weight', '3.weight')] == want
+
+def test_after_an_error_in_a_later_step_the_model_is_as_before():
+    model, calls = net(), []
+    def loss(out, y):
+        calls.append(1)
+        return F.cross_entropy(out, y)*(torch.nan if len(calls) > 8 else 1.) # three batches, twice: in the second step
+    before = snapshot(model)
+    with pytest.raises(ValueError, match='NaN'): reconstruct_in_steps(model, 80, batches(), loss)
+    assert len(calls) > 8 and snapshot(model) == before
+    with pytest.raises(TypeError, match='must be a percentage'): reconstruct_in_steps(model, '80', batches(), nn.CrossEntropyLoss())
+    for kwargs, match in ((dict(steps=0), 'steps must be'), (dict(steps=2.), 'steps must be'), (dict(context='2:4'), 'pass steps=1'), (dict(sparsity=120), 'between 0 and 100'), (dict(fit=dict(damp=-1)), 'damp must be'),
+                          (dict(fit=dict(layers='nothing')), 'matches no Linear')):
+        with pytest.raises(ValueError, match=match): reconstruct_in_steps(**{**dict(model=model, sparsity=50, data=batches(), loss=nn.CrossEntropyLoss()), **kwargs})
         assert snapshot(model) == before
