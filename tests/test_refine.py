@@ -100,7 +100,7 @@ def test_after_an_error_in_a_later_step_the_model_is_as_before():
     with pytest.raises(ValueError, match='NaN'): reconstruct_in_steps(model, 80, batches(), loss)
     assert len(calls) > 8 and snapshot(model) == before
     with pytest.raises(TypeError, match='must be a percentage'): reconstruct_in_steps(model, '80', batches(), nn.CrossEntropyLoss())
-    for kwargs, match in ((dict(steps=0), 'steps must be'), (dict(steps=2.), 'steps must be'), (dict(context='2:4'), 'pass steps=1'), (dict(sparsity=120), 'between 0 and 100'), (dict(fit=dict(damp=-1)), 'damp must be'),
+    for kwargs, match in ((dict(steps=0), 'steps must be'), (dict(steps=2.), 'steps must be'), (dict(context='2:4'), 'pass steps=1'), (dict(sparsity=120), 'between 0 and 100'), (dict(sparsity={'3': 120}, context='local'), "sparsity of '3' must be between"), (dict(fit=dict(damp=-1)), 'damp must be'),
                           (dict(fit=dict(layers='nothing')), 'matches no Linear')):
         with pytest.raises(ValueError, match=match): reconstruct_in_steps(**{**dict(model=model, sparsity=50, data=batches(), loss=nn.CrossEntropyLoss()), **kwargs})
         assert snapshot(model) == before
