@@ -19,6 +19,7 @@ from ..core.allocation import Context, allocate, as_context, most_kept
 from ..core.collect import collect
 from ..core.criteria import Criteria, as_criteria, reducers
 from ..core.granularity import suggest
+from ..core.schedule import sched_lottery
 from ..core.selection import Scored
 from ..sparse.sparsifier import _whole, as_limits, as_percent, limit_of
 from .budget import Budget, is_objective
@@ -218,7 +219,7 @@ class Pruner:
         share = lambda of: 100*(1 - sum(a for a, _ in of)/sum(b for _, b in of)) # in percent, that is gone now, or goes at least
         before = dict.fromkeys(left, share(left.values())) if self.context.shared else {k: share([v]) for k, v in left.items()}
         for k in range(1, n):
-            alive = self.decide({g: 100 - (100 - b)*((100 - targets[g])/(100 - b))**(k/n) if targets[g] > (b := before[g]) else targets[g] for g in targets})
+            alive = self.decide({g: sched_lottery(before[g], s, k/n, n) if s > before[g] else s for g, s in targets.items()})
             with masked(self.model, self.graph.to_plan(alive)): self.collect()
 
     def _prepare(self, sparsity): # decide, and find out how to make it run

@@ -18,6 +18,7 @@ from ..core.criteria import Criteria, _same
 from ..core.granularity import Tile
 from ..core.masks import Masks
 from ..core.running import _norms, batches, untouched
+from ..core.schedule import sched_lottery
 from .reconstruct import reconstruct
 from .sparsifier import Sparsifier, as_percent
 
@@ -79,7 +80,7 @@ def reconstruct_in_steps(
     "Prune without retraining: `refine` chooses, `reconstruct` fits, and again"
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1: raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
     if (c := as_context(kwargs.get('context', 'global'))).m and steps > 1: raise ValueError(f"context {c.name!r} means a sparsity of {c.limit:g} %, and nothing on the way there: pass steps=1")
-    def part(s, k, of=''): return max(min(p := as_percent(s, f'sparsity{of}'), 1.), 100 - 100*(1 - p/100)**(k/steps)) if k < steps else s
+    def part(s, k, of=''): return max(min(p := as_percent(s, f'sparsity{of}'), 1.), sched_lottery(0, p, k/steps, steps)) if k < steps else s
     def asked(k):
         if isinstance(sparsity, dict): return {n: part(s, k, f' of {n!r}') for n, s in sparsity.items()}
         return [part(s, k) for s in sparsity] if isinstance(sparsity, (list, tuple)) else part(sparsity, k)

@@ -21,6 +21,7 @@ from ..core.collect import collect
 from ..core.criteria import Criteria, as_criteria
 from ..core.granularity import Tile, suggest
 from ..core.masks import Mask, Masks, masks_of
+from ..core.schedule import sched_lottery
 from ..core.selection import Scored
 from ..core.units import layers_of
 
@@ -183,7 +184,7 @@ class Sparsifier:
         try:
             for k in range(1, self.criteria.rounds + 1):
                 self.collect()
-                step = {n: s if k == self.criteria.rounds else 100 - (100 - before[n])*((100 - s)/(100 - before[n]))**(k/self.criteria.rounds) if s > before[n] else s for n, s in targets.items()}
+                step = {n: sched_lottery(before[n], s, k/self.criteria.rounds, self.criteria.rounds) if s > before[n] and k < self.criteria.rounds else s for n, s in targets.items()}
                 found = self._decide(step, round_to if k == self.criteria.rounds else None)
                 if k == self.criteria.rounds: return found
                 self.masks = found
